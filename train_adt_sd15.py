@@ -1,0 +1,1498 @@
+# Copyright 2026 The ADT training example authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Adversarial Diffusion Tuning (ADT) of Stable Diffusion 1.5. Needs `adt_utils.py` beside it.
+
+On one GPU:
+
+    accelerate launch --mixed_precision bf16 train_adt_sd15.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --dataset_name DATASET --caption_column text --train_batch_size 2 --gradient_accumulation_steps 4 \
+        --gradient_checkpointing --validation_prompts "a lighthouse at dusk" --output_dir sd15-adt
+
+On four GPUs, the paper's setting (global batch 8):
+
+    accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 train_adt_sd15.py ... --train_batch_size 2
+
+On two machines, on each of them with its own rank:
+
+    accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank RANK --main_process_ip HOST \
+        --main_process_port 29500 --mixed_precision bf16 train_adt_sd15.py ... --train_batch_size 1
+
+A run that was stopped goes on exactly where it was with `--resume_from_checkpoint latest`. All randomness derives from
+the seed, the iteration and an image's index in the global batch, so that neither resuming nor the number of processes
+changes a run.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import accelerate
+import datasets
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+from transformers import AutoConfig, CLIPTextModel, CLIPTokenizer, Dinov2Model
+
+from adt_utils import (
+    GRADIENT_PATHS,
+    REFUSED_SAMPLERS,
+    DiffAugment,
+    FeatureNetwork,
+    ProjectedDiscriminator,
+    SiameseDiscriminator,
+    discriminator_loss,
+    generator_loss,
+    largest_group,
+    select_train_steps,
+    signal_and_noise_levels,
+    simulate_inference,
+    starting_latents,
+    update_spectral_norm,
+)
+
+
+logger = get_logger(__name__)
+
+# The sampler's class, the paper's number of steps, and the spacing that diffusers' users have with it by default.
+SAMPLERS = {
+    "ddim": (DDIMScheduler, 50, "leading"),
+    "dpmsolver++": (DPMSolverMultistepScheduler, 30, "linspace"),
+    "euler": (EulerDiscreteScheduler, 50, "linspace"),
+}
+# Options that may change when a run is resumed: they do not change what an iteration computes.
+FREE_ON_RESUME = {
+    "allow_tf32", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
+    "discriminator_norm_group", "foreach_ema", "gradient_accumulation_steps", "gradient_checkpointing",
+    "hub_model_id", "logging_dir", "max_train_steps", "num_train_epochs", "num_validation_images", "offload_ema",
+    "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_project_name", "train_batch_size",
+    "validation_prompts", "validation_steps",
+}  # fmt: skip
+# Options that say something about the user's machine, which a published file has no business with.
+PRIVATE_OPTIONS = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "resume_from_checkpoint"}
+# A cosine's range is 2, and so is the hinge's margin; scores this far apart leave the generator little to learn from.
+SATURATION_GAP, SATURATION_ITERATIONS = 1.8, 300
+
+
+class ADTError(RuntimeError):
+    """An error whose message is all that the user needs: bad input, or a run that cannot go on."""
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(
+        description="Adversarial Diffusion Tuning of Stable Diffusion 1.5.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    boolean = argparse.BooleanOptionalAction
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base pipeline.")
+    group.add_argument("--revision", default=None, help="Revision of the base pipeline on the Hub.")
+    group.add_argument("--variant", default=None, help="Variant of the base pipeline's weights, such as fp16.")
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path", default=None, help="Another VAE than the base pipeline's."
+    )
+    group.add_argument(
+        "--prediction_type",
+        choices=["epsilon", "v_prediction"],
+        default=None,
+        help="What the UNet predicts, where the base pipeline's scheduler states it wrongly.",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", default=None, help="Hub id or folder of a dataset with images and captions.")
+    group.add_argument("--dataset_config_name", default=None, help="Configuration of the dataset.")
+    group.add_argument(
+        "--train_data_dir", default=None, help="Folder of images with a metadata.jsonl, instead of --dataset_name."
+    )
+    group.add_argument("--image_column", default="image", help="Column with the images.")
+    group.add_argument("--caption_column", default="text", help="Column with a caption or a list of captions.")
+    group.add_argument("--max_train_samples", type=int, default=None, help="Use this many images, drawn by the seed.")
+    group.add_argument("--cache_dir", default=None, help="Where models and datasets from the Hub are stored.")
+    group.add_argument("--resolution", type=int, default=512, help="Side of the square training images.")
+    group.add_argument("--center_crop", action=boolean, default=False, help="Crop the centre, not at random.")
+    group.add_argument("--random_flip", action=boolean, default=False, help="Mirror half of the images.")
+    group.add_argument(
+        "--image_interpolation_mode",
+        choices=[mode.name.lower() for mode in Image.Resampling],
+        default="lanczos",
+        help="How images are resized.",
+    )
+    group.add_argument(
+        "--proportion_empty_prompts",
+        type=float,
+        default=0.0,
+        help="Share of captions replaced by the empty prompt, in the diffusion loss alone.",
+    )
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that load images.")
+
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--output_dir", default="sd15-adt", help="Where the tuned pipeline and checkpoints are written."
+    )
+    group.add_argument("--seed", type=int, default=0, help="All randomness derives from it.")
+    group.add_argument("--train_batch_size", type=int, default=2, help="Images a process and micro-batch.")
+    group.add_argument("--max_train_steps", type=int, default=None, help="Iterations; 20000 where nothing is said.")
+    group.add_argument("--num_train_epochs", type=int, default=None, help="Instead of --max_train_steps.")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches an iteration.")
+    group.add_argument(
+        "--gradient_checkpointing", action=boolean, default=False, help="Less memory for about a third more time."
+    )
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Else accelerate's.")
+    group.add_argument("--allow_tf32", action=boolean, default=False, help="Faster float32 on Ampere and later.")
+    group.add_argument("--learning_rate", type=float, default=5e-6, help="The generator's.")
+    group.add_argument(
+        "--scale_lr",
+        action=boolean,
+        default=False,
+        help="Multiply both learning rates by processes, batch size and accumulation steps.",
+    )
+    group.add_argument(
+        "--lr_scheduler",
+        choices=[kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
+        default="constant_with_warmup",
+        help="Of both optimizers, each counted in its own updates.",
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=500, help="In generator updates.")
+    group.add_argument("--lr_num_cycles", type=int, default=1, help="Of cosine_with_restarts.")
+    group.add_argument("--lr_power", type=float, default=1.0, help="Of polynomial.")
+    group.add_argument("--use_8bit_adam", action=boolean, default=False, help="The generator's; needs bitsandbytes.")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Of both optimizers.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Of both optimizers.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Of both optimizers.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Of both optimizers.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to it, each network's.")
+    group.add_argument("--use_ema", action=boolean, default=False, help="Average the generator's weights.")
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="Of that average, in generator updates.")
+    group.add_argument("--offload_ema", action=boolean, default=False, help="Keep the average in CPU memory.")
+    group.add_argument(
+        "--foreach_ema", action=boolean, default=False, help="Update the average with fused operations."
+    )
+    group.add_argument("--snr_gamma", type=float, default=None, help="Min-SNR weighting of the diffusion loss; 5.0.")
+    group.add_argument("--noise_offset", type=float, default=0.0, help="Scale of a constant added to the noise.")
+
+    group = parser.add_argument_group("inference during training")
+    group.add_argument("--sampler", default="ddim", help=f"One of {', '.join(SAMPLERS)}.")
+    group.add_argument(
+        "--num_inference_steps", type=int, default=None, help="The sampler's steps; 50, DPM-Solver++ 30."
+    )
+    group.add_argument(
+        "--timestep_spacing",
+        choices=["leading", "trailing", "linspace"],
+        default=None,
+        help="ddim: leading, else linspace; trailing where the schedule has zero terminal SNR.",
+    )
+    group.add_argument("--guidance_scale", type=float, default=7.0, help="No guidance at 1 or less.")
+    group.add_argument("--guidance_rescale", type=float, default=0.0, help="For zero-terminal-SNR checkpoints: 0.7.")
+
+    group = parser.add_argument_group("adversarial tuning")
+    group.add_argument("--num_gradient_steps", type=int, default=3, help="K, the sampler steps that send gradient.")
+    group.add_argument(
+        "--gradient_path", choices=GRADIENT_PATHS, default="adt", help="The backward path; drtune for the ablation."
+    )
+    group.add_argument("--generator_update_interval", type=int, default=5, help="Iterations a generator update.")
+    group.add_argument(
+        "--generator_start_step", type=int, default=0, help="Iterations in which only the discriminator trains."
+    )
+    group.add_argument(
+        "--adversarial_loss_weight",
+        default="1.0",
+        help="A number; 0 for plain fine-tuning; auto to balance the gradients, see --adversarial_gradient_ratio.",
+    )
+    group.add_argument(
+        "--adversarial_gradient_ratio",
+        type=float,
+        default=1.0,
+        help="With auto: the norm of the adversarial gradient at the predictions, over the diffusion loss's.",
+    )
+    group.add_argument("--diffusion_loss_weight", type=float, default=0.5, help="Lambda.")
+
+    group = parser.add_argument_group("discriminator")
+    group.add_argument(
+        "--discriminator_model_name_or_path", default="facebook/dinov2-small", help="A DINOv2 model, which is frozen."
+    )
+    group.add_argument(
+        "--discriminator_layers",
+        type=int,
+        nargs="+",
+        default=[-1, 2, 5, 8, 11],
+        help="Its blocks that are used; -1 is the patch embedding. ViT-L: 5 10 14 19 23.",
+    )
+    group.add_argument("--discriminator_resolution", type=int, default=518, help="Side of the images that it sees.")
+    group.add_argument(
+        "--discriminator_norm_group",
+        type=int,
+        default=None,
+        help="Images to a batch norm group; the largest divisor of the batch size that is at most 8.",
+    )
+    group.add_argument(
+        "--discriminator_type", choices=["siamese", "projected"], default="siamese", help="projected: the ablation."
+    )
+    group.add_argument(
+        "--discriminator_similarity", choices=["cosine", "dot"], default="cosine", help="Of the siamese outputs."
+    )
+    group.add_argument(
+        "--discriminator_reduction",
+        choices=["token", "pooled"],
+        default="token",
+        help="Average the similarities over tokens, or the outputs before them.",
+    )
+    group.add_argument("--discriminator_ema_decay", type=float, default=0.99, help="Of the twin heads.")
+    group.add_argument("--discriminator_learning_rate", type=float, default=5e-6, help="The discriminator's.")
+    group.add_argument("--discriminator_lr_warmup_steps", type=int, default=1000, help="In discriminator updates.")
+    group.add_argument(
+        "--augmentation_policy",
+        nargs="*",
+        choices=DiffAugment.POLICIES,
+        default=list(DiffAugment.POLICIES),
+        help="Differentiable augmentation; nothing behind the flag for none.",
+    )
+    group.add_argument(
+        "--augmentation_pairing",
+        choices=["independent", "shared", "input"],
+        default="independent",
+        help="The reference's augmentation: its own draw, the scored image's, or none.",
+    )
+
+    group = parser.add_argument_group("checkpoints, validation and reports")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Iterations between checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, default=None, help="Keep this many, the newest.")
+    group.add_argument(
+        "--resume_from_checkpoint", default=None, help="A checkpoint's folder or name in --output_dir, or latest."
+    )
+    group.add_argument("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
+    group.add_argument("--num_validation_images", type=int, default=4, help="Images for each of them.")
+    group.add_argument("--validation_steps", type=int, default=1000, help="Iterations between validations.")
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
+    group.add_argument("--logging_dir", default="logs", help="TensorBoard's folder in --output_dir.")
+    group.add_argument("--tracker_project_name", default="adt-sd15", help="The tracker's project.")
+    group.add_argument("--push_to_hub", action=boolean, default=False, help="Upload the tuned pipeline.")
+    group.add_argument("--hub_model_id", default=None, help="Its repository; the output folder's name by default.")
+    group.add_argument("--hub_token", default=None, help="Else the token of `hf auth login`. It is never written.")
+
+    args = parser.parse_args(input_args)
+
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        parser.error("give either --dataset_name or --train_data_dir.")
+    if args.train_data_dir is not None and not os.path.isdir(args.train_data_dir):
+        parser.error(f"--train_data_dir {args.train_data_dir} is not a folder.")
+    if os.path.exists(args.output_dir) and not os.path.isdir(args.output_dir):
+        parser.error(f"--output_dir {args.output_dir} is a file.")
+    if args.sampler in REFUSED_SAMPLERS:
+        parser.error(
+            f"--sampler {args.sampler} cannot be tuned with: {REFUSED_SAMPLERS[args.sampler]}; choose from "
+            f"{', '.join(SAMPLERS)}."
+        )
+    if args.sampler not in SAMPLERS:
+        parser.error(f"--sampler {args.sampler} is not known; choose from {', '.join(SAMPLERS)}.")
+    if args.adversarial_loss_weight != "auto":
+        try:
+            args.adversarial_loss_weight = float(args.adversarial_loss_weight)
+        except ValueError:
+            parser.error(f"--adversarial_loss_weight {args.adversarial_loss_weight} is neither a number nor auto.")
+        if not 0 <= args.adversarial_loss_weight < math.inf:
+            parser.error("--adversarial_loss_weight must not be negative.")
+    elif args.diffusion_loss_weight == 0:
+        parser.error("--adversarial_loss_weight auto needs a diffusion loss to balance: --diffusion_loss_weight is 0.")
+    positive = [
+        "resolution", "train_batch_size", "gradient_accumulation_steps", "num_gradient_steps",
+        "generator_update_interval", "adversarial_gradient_ratio", "discriminator_resolution", "checkpointing_steps",
+        "num_validation_images", "validation_steps", "max_grad_norm", "learning_rate", "discriminator_learning_rate",
+    ]  # fmt: skip
+    optional = [
+        "max_train_steps", "num_train_epochs", "max_train_samples", "num_inference_steps", "snr_gamma",
+        "discriminator_norm_group", "checkpoints_total_limit",
+    ]  # fmt: skip
+    for name in positive + [name for name in optional if getattr(args, name) is not None]:
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} must be greater than 0, not {getattr(args, name)}.")
+    for name in ("diffusion_loss_weight", "generator_start_step", "lr_warmup_steps", "discriminator_lr_warmup_steps",
+                 "guidance_scale", "noise_offset", "dataloader_num_workers"):  # fmt: skip
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name} must not be negative, not {getattr(args, name)}.")
+    for name in ("proportion_empty_prompts", "guidance_rescale", "ema_decay", "discriminator_ema_decay"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must lie in [0, 1], not {getattr(args, name)}.")
+    if args.discriminator_norm_group and args.train_batch_size % args.discriminator_norm_group:
+        parser.error(
+            f"--discriminator_norm_group {args.discriminator_norm_group} does not divide --train_batch_size "
+            f"{args.train_batch_size}."
+        )
+    if args.num_inference_steps is None:
+        args.num_inference_steps = SAMPLERS[args.sampler][1]
+    if args.max_train_steps is None and args.num_train_epochs is None:
+        args.max_train_steps = 20_000
+    return args
+
+
+def make_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone, so that an iteration can be drawn again anywhere."""
+    entropy = [seed % 2**63, zlib.crc32(purpose.encode()), *key]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
+
+
+def draw_per_image(function, shape, seed, purpose, iteration, positions):
+    """(B, *shape): one draw of `torch.rand` or `torch.randn` for each image, by its index in the global batch."""
+    return torch.stack(
+        [function(shape, generator=make_generator(seed, purpose, iteration, position)) for position in positions]
+    )
+
+
+def load_image_caption_dataset(args):
+    """Loads the train split and checks its columns; images stay undecoded. Returns a `datasets.Dataset`."""
+    if args.dataset_name is not None:
+        loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+    else:
+        loaded = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
+    if "train" not in loaded:
+        raise ADTError(f"The dataset has no train split, only {', '.join(loaded)}.")
+    dataset = loaded["train"]
+    for option in ("image_column", "caption_column"):
+        if getattr(args, option) not in dataset.column_names:
+            raise ADTError(
+                f"--{option} {getattr(args, option)} is not a column of the dataset, which has "
+                f"{', '.join(dataset.column_names)}."
+            )
+    if not isinstance(dataset.features[args.image_column], datasets.Image):
+        raise ADTError(f"--image_column {args.image_column} does not hold images.")
+    if len(dataset) == 0:
+        raise ADTError("The dataset is empty.")
+    if args.max_train_samples is not None and args.max_train_samples < len(dataset):
+        order = torch.randperm(len(dataset), generator=make_generator(args.seed, "samples"))
+        dataset = dataset.select(sorted(order[: args.max_train_samples].tolist()))
+    return dataset.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def open_image(record) -> Image.Image:
+    """Decodes `{"bytes": ..., "path": ...}` to RGB, upright."""
+    with datasets.Image().decode_example(record) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def check_dataset(dataset, indices, args) -> int:
+    """Decodes the images at `indices` and looks at their captions. Returns how many captions are empty.
+
+    Raises:
+        ADTError: naming the first image that does not decode, or a caption that is no text.
+    """
+
+    def check(index):
+        row = dataset[index]
+        record = row[args.image_column]
+        name = f"image {index} of the dataset" + (f" ({record['path']})" if record and record["path"] else "")
+        if record is None:
+            raise ADTError(f"The {name} is missing.")
+        try:
+            open_image(record)
+        except Exception as error:  # PIL raises half a dozen kinds, SyntaxError among them
+            raise ADTError(f"The {name} does not decode: {error}") from error
+        captions = row[args.caption_column]
+        captions = captions if isinstance(captions, list) and captions else [captions]
+        if not all(caption is None or isinstance(caption, str) for caption in captions):
+            raise ADTError(
+                f"The caption of {name} in column {args.caption_column} is neither text nor a list of texts."
+            )
+        return sum(not (caption or "").strip() for caption in captions)
+
+    with ThreadPoolExecutor(max(4, args.dataloader_num_workers)) as pool:
+        return sum(tqdm(pool.map(check, indices), total=len(indices), desc="Checking images", leave=False))
+
+
+class ImageCaptionDataset(torch.utils.data.Dataset):
+    """Images and captions by `(dataset index, iteration, position in the global batch)`.
+
+    An item has `pixel_values` (3, resolution, resolution) in [-1, 1], `caption` and `position`. Crop, flip and the
+    choice among several captions are drawn from the seed, the iteration and the position.
+    """
+
+    def __init__(self, dataset, args):
+        self.dataset = dataset
+        self.args = args
+
+    def __getitem__(self, key):
+        index, iteration, position = key
+        args = self.args
+        row = self.dataset[index]
+        image = open_image(row[args.image_column])
+        generator = make_generator(args.seed, "image", iteration, position)
+        u_left, u_top, u_flip, u_caption = torch.rand(4, generator=generator).tolist()
+
+        scale = args.resolution / min(image.size)
+        size = [max(args.resolution, round(side * scale)) for side in image.size]
+        image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
+        spare = [side - args.resolution for side in size]
+        if args.center_crop:
+            left, top = spare[0] // 2, spare[1] // 2
+        else:
+            left, top = int(u_left * (spare[0] + 1)), int(u_top * (spare[1] + 1))
+        image = image.crop((left, top, left + args.resolution, top + args.resolution))
+        if args.random_flip and u_flip < 0.5:
+            image = ImageOps.mirror(image)
+        pixel_values = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+        captions = row[args.caption_column]
+        if isinstance(captions, list):
+            captions = captions[int(u_caption * len(captions))] if captions else ""
+        return {"pixel_values": pixel_values, "caption": captions or "", "position": position}
+
+
+class GlobalBatchSampler(torch.utils.data.Sampler):
+    """The micro-batches of one process, as lists of keys for `ImageCaptionDataset`, from `first_iteration` on.
+
+    The images are an endless row of permutations of the dataset; iteration `k` takes the `k`-th global batch of it.
+    An image's position there is `(micro * processes + process) * batch + j`, so that processes, micro-batches and
+    larger batches can stand for each other.
+    """
+
+    def __init__(self, dataset_size, args, num_processes=1, process_index=0, first_iteration=0):
+        self.dataset_size = dataset_size
+        self.args = args
+        self.num_processes, self.process_index = num_processes, process_index
+        self.first_iteration = first_iteration
+        self.permutation = lru_cache(maxsize=2)(self.draw_permutation)
+
+    def draw_permutation(self, epoch):
+        return torch.randperm(self.dataset_size, generator=make_generator(self.args.seed, "epoch", epoch)).tolist()
+
+    def dataset_index(self, n):
+        epoch, offset = divmod(n, self.dataset_size)
+        return self.permutation(epoch)[offset]
+
+    def __len__(self):
+        return (self.args.max_train_steps - self.first_iteration) * self.args.gradient_accumulation_steps
+
+    def __iter__(self):
+        batch_size, micro_batches = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        global_batch_size = batch_size * self.num_processes * micro_batches
+        for iteration in range(self.first_iteration, self.args.max_train_steps):
+            for micro in range(micro_batches):
+                first = (micro * self.num_processes + self.process_index) * batch_size
+                yield [
+                    (self.dataset_index(iteration * global_batch_size + position), iteration, position)
+                    for position in range(first, first + batch_size)
+                ]
+
+
+def collate_fn(examples):
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "captions": [example["caption"] for example in examples],
+        "positions": [example["position"] for example in examples],
+    }
+
+
+def make_sampler(args, base_scheduler_config):
+    """The scheduler of the rollout, of validation and of the saved pipeline, with `set_timesteps` called.
+
+    `from_config` fills a missing key with the class default, and some of those are wrong here: DDIM's would clip the
+    latents, and spacings differ between classes. They are set explicitly.
+
+    Raises:
+        ADTError: where the sampler does not suit the model.
+    """
+    config = dict(base_scheduler_config)
+    scheduler_class, _, spacing = SAMPLERS[args.sampler]
+    prediction_type = args.prediction_type or config.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ADTError(
+            f"--sampler {args.sampler} does not suit a model that predicts '{prediction_type}': this script tunes "
+            "epsilon and v_prediction models."
+        )
+    if config.get("rescale_betas_zero_snr", False):
+        spacing = "trailing"  # the only spacing that starts at the last timestep, where the SNR is zero
+        if prediction_type == "epsilon":
+            raise ADTError("A schedule with zero terminal SNR needs a v_prediction model: epsilon says nothing there.")
+    if args.num_inference_steps >= config["num_train_timesteps"]:
+        raise ADTError(
+            f"--num_inference_steps {args.num_inference_steps} is too many for a schedule of "
+            f"{config['num_train_timesteps']} timesteps."
+        )
+    options = {"prediction_type": prediction_type, "timestep_spacing": args.timestep_spacing or spacing}
+    if args.sampler == "ddim":
+        options |= {"clip_sample": False, "thresholding": False}
+    if args.sampler == "dpmsolver++":
+        options |= {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+        options |= {"thresholding": False, "final_sigmas_type": "zero"}
+    sampler = scheduler_class.from_config(base_scheduler_config, **options)
+    sampler.set_timesteps(args.num_inference_steps)
+    if len(sampler.timesteps.unique()) != args.num_inference_steps:
+        raise ADTError(
+            f"--sampler {args.sampler} with --timestep_spacing {options['timestep_spacing']} has no "
+            f"{args.num_inference_steps} distinct timesteps."
+        )
+    return sampler
+
+
+def check_models(args):
+    """Checks everything that the models' configurations tell, before any weight is loaded.
+
+    Returns:
+        the sampler and the scheduler of plain fine-tuning.
+    """
+    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
+    path = args.pretrained_model_name_or_path
+    try:
+        index = StableDiffusionPipeline.load_config(path, **hub)
+        unet_config = UNet2DConditionModel.load_config(path, subfolder="unet", **hub)
+        scheduler_config = DDPMScheduler.load_config(path, subfolder="scheduler", **hub)
+    except OSError as error:
+        raise ADTError(f"--pretrained_model_name_or_path {path} is not a readable pipeline: {error}") from error
+    if index["_class_name"] != "StableDiffusionPipeline":
+        raise ADTError(f"{path} is a {index['_class_name']}; this script tunes a StableDiffusionPipeline.")
+    vae_path = args.pretrained_vae_model_name_or_path
+    try:
+        if vae_path is None:
+            vae_config = AutoencoderKL.load_config(path, subfolder="vae", **hub)
+        else:
+            vae_config = AutoencoderKL.load_config(vae_path, cache_dir=args.cache_dir)
+    except OSError as error:
+        raise ADTError(f"--pretrained_vae_model_name_or_path {vae_path} is not a readable VAE: {error}") from error
+
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    if args.resolution % factor:
+        raise ADTError(f"--resolution {args.resolution} is not divisible by the VAE's factor {factor}.")
+    if unet_config["in_channels"] != vae_config["latent_channels"]:
+        raise ADTError(
+            f"{path} is no text-to-image model: its UNet takes {unet_config['in_channels']} channels, its VAE makes "
+            f"{vae_config['latent_channels']}."
+        )
+    if unet_config.get("time_cond_proj_dim") is not None:
+        raise ADTError(f"{path} has its guidance distilled into the UNet, so guidance cannot be simulated.")
+    sampler = make_sampler(args, DDPMScheduler.from_config(scheduler_config).config | scheduler_config)
+    noise_scheduler = DDPMScheduler.from_config(scheduler_config, prediction_type=sampler.config.prediction_type)
+
+    if args.adversarial_loss_weight != 0:
+        discriminator_path = args.discriminator_model_name_or_path
+        try:
+            config = AutoConfig.from_pretrained(discriminator_path, cache_dir=args.cache_dir)
+        except (OSError, ValueError) as error:
+            raise ADTError(
+                f"--discriminator_model_name_or_path {discriminator_path} is not readable: {error}"
+            ) from error
+        try:
+            FeatureNetwork.check_config(config, args.discriminator_layers, args.discriminator_resolution)
+        except ValueError as error:
+            raise ADTError(str(error)) from error
+    return sampler, noise_scheduler
+
+
+def encode_prompt(prompts, tokenizer, text_encoder):
+    """(B, L, C): the prompts' embeddings, as `StableDiffusionPipeline` computes them."""
+    tokens = tokenizer(
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    attention_mask = None
+    if getattr(text_encoder.config, "use_attention_mask", False):
+        attention_mask = tokens.attention_mask.to(text_encoder.device)
+    with torch.no_grad():
+        return text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=attention_mask)[0]
+
+
+def encode_images(vae, pixel_values, posterior_noise):
+    """pixel_values: (B, 3, H, W) in [-1, 1]; posterior_noise as the latents. Returns scaled latents, float32."""
+    with torch.no_grad():
+        posterior = vae.encode(pixel_values).latent_dist
+        return (posterior.mean + posterior.std * posterior_noise) * vae.config.scaling_factor
+
+
+def decode_latents(vae, latents):
+    """latents: (B, C, h, w), scaled. Returns (B, 3, H, W) in about [-1, 1].
+
+    One image at a time and checkpointed: what a backward through the decoder stores is one image's.
+    """
+
+    def decode(one):
+        return vae.decode(one / vae.config.scaling_factor).sample
+
+    return torch.cat([checkpoint(decode, one, use_reentrant=False) for one in latents.split(1)])
+
+
+def diffusion_loss(unet, latents, noise, timesteps, alpha, sigma, prompt_embeds, prediction_type, snr_gamma=None):
+    """The model's own training loss on `alpha x_0 + sigma eps`, for the noise or the velocity `alpha eps - sigma x_0`.
+
+    Args:
+        latents, noise: (B, C, h, w), `x_0` and `eps`.
+        timesteps: (B,).
+        alpha, sigma: (B, 1, 1, 1), the levels at those timesteps.
+        snr_gamma: weights by `min(SNR, gamma) / SNR`, for velocities `/ (SNR + 1)` (https://arxiv.org/abs/2303.09556).
+
+    Returns:
+        the 0-d loss and the prediction (B, C, h, w) that it was computed from.
+    """
+    prediction = unet(alpha * latents + sigma * noise, timesteps, encoder_hidden_states=prompt_embeds).sample.float()
+    target = noise if prediction_type == "epsilon" else alpha * noise - sigma * latents
+    loss = F.mse_loss(prediction, target, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        snr = (alpha / sigma).square().flatten()
+        loss = loss * snr.clamp(max=snr_gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    return loss.mean(), prediction
+
+
+def no_sync_unless(condition, accelerator, model):
+    """Gradients synchronise over the processes in the last backward of an iteration only."""
+    return contextlib.nullcontext() if condition else accelerator.no_sync(model)
+
+
+def prepare_batch(batch, iteration, args, accelerator, vae, tokenizer, text_encoder, empty_embeds):
+    """Step 1: encodes a micro-batch and draws its noise, by (seed, iteration, index in the global batch)."""
+    device, positions = accelerator.device, batch["positions"]
+
+    def draw(function, shape, purpose):
+        return draw_per_image(function, shape, args.seed, purpose, iteration, positions).to(device)
+
+    images = batch["pixel_values"].to(device)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = (vae.config.latent_channels, images.shape[2] // factor, images.shape[3] // factor)
+    latents = encode_images(vae, images, draw(torch.randn, shape, "posterior"))
+    noise = draw(torch.randn, shape, "noise")
+    if args.noise_offset:
+        noise = noise + args.noise_offset * draw(torch.randn, (shape[0], 1, 1), "noise offset")
+    prompt_embeds = encode_prompt(batch["captions"], tokenizer, text_encoder)
+    dropped = draw(torch.rand, (1, 1), "caption dropout") < args.proportion_empty_prompts
+    return {
+        "images": images,
+        "latents": latents,
+        "noise": noise,
+        "prompt_embeds": prompt_embeds,
+        "empty_embeds": empty_embeds.expand_as(prompt_embeds),
+        # Caption dropout applies to the diffusion loss alone: the sampler is run with the caption.
+        "loss_embeds": torch.where(dropped, empty_embeds, prompt_embeds),
+        "augmentation": {
+            purpose: draw(torch.rand, (DiffAugment.NUM_PARAMETERS,), f"augmentation {purpose}")
+            for purpose in ("real", "fake", "generator", "reference")
+        },
+    }
+
+
+def make_predict(unet, batch):
+    """The network as `simulate_inference` calls it: branch 0 is the empty prompt, branch 1 the caption."""
+    embeds = (batch["empty_embeds"], batch["prompt_embeds"])
+
+    def predict(model_input, timestep, branches):
+        encoder_hidden_states = torch.cat([embeds[branch] for branch in branches])
+        return unet(model_input, timestep, encoder_hidden_states=encoder_hidden_states).sample
+
+    return predict
+
+
+def reference_features(batch, scored_as, args, augment, feature_network):
+    """`F(T'(y))` for an image whose own augmentation is `scored_as`."""
+    with torch.no_grad():
+        if args.augmentation_pairing == "input":
+            return feature_network(batch["images"])
+        purpose = scored_as if args.augmentation_pairing == "shared" else "reference"
+        return feature_network(augment(batch["images"], batch["augmentation"][purpose]))
+
+
+def check_finite(values, iteration):
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ADTError(
+                f"The {name.replace('_', ' ')} became {value} at iteration {iteration + 1}: the run stops, and the "
+                "last checkpoint stays as it is. A lower learning rate or adversarial weight may help."
+            )
+
+
+def reduce_values(values, accelerator) -> dict:
+    """Means over the processes of a dict of 0-d tensors, as floats."""
+    reduced = accelerator.reduce(torch.stack([value.float() for value in values.values()]), reduction="mean")
+    return dict(zip(values, reduced.tolist(), strict=True))
+
+
+def apply_update(model, optimizer, lr_scheduler, args, accelerator):
+    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    if not optimizer.step_was_skipped:  # float16's loss scaling skips a step that overflowed
+        lr_scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def update_discriminator(batches, discriminator, optimizer, lr_scheduler, feature_network, augment, iteration, args,
+                         accelerator):  # fmt: skip
+    """Step 6: one update with the generated images detached, then the twin heads follow.
+
+    Real and fake go through in two forwards, since one would mix their batch norm statistics, and each forward's
+    backward comes before the next forward, since data parallelism needs that.
+    """
+    update_spectral_norm(accelerator.unwrap_model(discriminator))
+    totals = {"discriminator_loss": 0.0, "real_score": 0.0, "fake_score": 0.0}
+    for n, batch in enumerate(batches):
+        for is_real, images, purpose in (
+            (True, batch["images"], "real"),
+            (False, batch["generated"].detach(), "fake"),
+        ):
+            with torch.no_grad():
+                features = feature_network(augment(images, batch["augmentation"][purpose]))
+                if is_real or args.augmentation_pairing == "shared":
+                    reference = reference_features(batch, purpose, args, augment, feature_network)
+            with no_sync_unless(not is_real and n == len(batches) - 1, accelerator, discriminator):
+                scores = discriminator(features, reference)
+                loss = discriminator_loss(**{"real_scores" if is_real else "fake_scores": scores})
+                accelerator.backward(loss)
+            totals["discriminator_loss"] += loss.detach() / len(batches)
+            totals["real_score" if is_real else "fake_score"] += scores.detach().mean() / len(batches)
+    values = reduce_values(totals, accelerator)
+    check_finite(values, iteration)
+    apply_update(discriminator, optimizer, lr_scheduler, args, accelerator)
+    if args.discriminator_type == "siamese":
+        accelerator.unwrap_model(discriminator).update_twin()
+    return values
+
+
+def update_generator(batches, unet, optimizer, lr_scheduler, sampler, start_index, discriminator, feature_network,
+                     augment, iteration, args, accelerator):  # fmt: skip
+    """Step 7: `-E[D(y_hat, y)] + lambda L_diff`, the first part by replaying the chosen steps one at a time."""
+    # The score's gradient goes to the images, not to the discriminator, whose weights stay.
+    # The unwrapped module, because data parallelism would wait for gradients of its parameters.
+    scorer = accelerator.unwrap_model(discriminator).requires_grad_(False)
+    totals = {"generator_loss": 0.0, "adversarial_gradient_norm": 0.0}
+    vectors = []
+    for batch in batches:
+        features = feature_network(augment(batch["generated"], batch["augmentation"]["generator"]))
+        reference = reference_features(batch, "generator", args, augment, feature_network)
+        loss = generator_loss(scorer(features, reference))
+        vectors.append(batch["rollout"].prediction_gradients(loss))
+        totals["generator_loss"] += loss.detach() / len(batches)
+        totals["adversarial_gradient_norm"] += batch["rollout"].guided_norm_squared(vectors[-1])
+    set_discriminator_trainable(scorer)
+
+    alpha, sigma = signal_and_noise_levels(sampler, start_index)
+    if args.diffusion_loss_weight > 0:
+        totals |= {"diffusion_loss": 0.0, "diffusion_gradient_norm": 0.0}
+        unet.train()
+        for batch in batches:
+            device = batch["latents"].device
+            level = torch.ones(len(batch["latents"]), 1, 1, 1, device=device)
+            timesteps = sampler.timesteps[start_index].to(device).expand(len(batch["latents"]))
+            with accelerator.no_sync(unet):
+                loss, prediction = diffusion_loss(
+                    unet, batch["latents"], batch["noise"], timesteps, alpha * level, sigma * level,
+                    batch["loss_embeds"], sampler.config.prediction_type, args.snr_gamma,
+                )  # fmt: skip
+                weighted = args.diffusion_loss_weight * loss
+                gradient = torch.autograd.grad(weighted, prediction, retain_graph=True)[0]
+                accelerator.backward(weighted)
+            totals["diffusion_loss"] += loss.detach() / len(batches)
+            totals["diffusion_gradient_norm"] += gradient.square().sum()
+        unet.eval()
+
+    values = reduce_values(totals, accelerator)
+    check_finite(values, iteration)
+    for name in ("adversarial_gradient_norm", "diffusion_gradient_norm"):
+        if name in values:
+            # From the mean over processes of the sums over micro-batches to the norm of the global batch's gradient.
+            values[name] = (values[name] / accelerator.num_processes) ** 0.5 / len(batches)
+    weight = args.adversarial_loss_weight
+    if weight == "auto":
+        weight = 0.0
+        if values["adversarial_gradient_norm"] > 0:
+            target = args.adversarial_gradient_ratio * values["diffusion_gradient_norm"]
+            weight = target / values["adversarial_gradient_norm"]
+        values["adversarial_loss_weight"] = weight
+    passes = [
+        run
+        for batch, gradients in zip(batches, vectors, strict=True)
+        for run in batch["rollout"].replay(make_predict(unet, batch), [weight * vector for vector in gradients])
+    ]
+    for n, run in enumerate(passes):
+        with no_sync_unless(n == len(passes) - 1, accelerator, unet):
+            accelerator.backward(run())
+    apply_update(unet, optimizer, lr_scheduler, args, accelerator)
+    return values
+
+
+def set_discriminator_trainable(discriminator):
+    discriminator.requires_grad_(True)
+    if isinstance(discriminator, SiameseDiscriminator):
+        discriminator.twin_heads.requires_grad_(False)
+
+
+def update_finetune(batches, unet, optimizer, lr_scheduler, noise_scheduler, iteration, args, accelerator):
+    """Plain fine-tuning: the diffusion loss at a uniform timestep for each image, no rollout, no discriminator."""
+    unet.train()
+    totals = {"diffusion_loss": 0.0}
+    for n, batch in enumerate(batches):
+        timesteps = batch["timesteps"].to(accelerator.device)
+        alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)[timesteps].view(-1, 1, 1, 1)
+        with no_sync_unless(n == len(batches) - 1, accelerator, unet):
+            loss, _ = diffusion_loss(
+                unet, batch["latents"], batch["noise"], timesteps, alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(),
+                batch["loss_embeds"], noise_scheduler.config.prediction_type, args.snr_gamma,
+            )  # fmt: skip
+            accelerator.backward(loss)
+        totals["diffusion_loss"] += loss.detach() / len(batches)
+    values = reduce_values(totals, accelerator)
+    check_finite(values, iteration)
+    apply_update(unet, optimizer, lr_scheduler, args, accelerator)
+    return values
+
+
+@contextlib.contextmanager
+def ema_weights(ema_unet, unet):
+    """The averaged weights in place of the trained ones, where there is an average."""
+    if ema_unet is None:
+        yield
+        return
+    ema_unet.store(unet.parameters())
+    ema_unet.copy_to(unet.parameters())
+    try:
+        yield
+    finally:
+        ema_unet.restore(unet.parameters())
+
+
+def generate_validation_images(unet, vae, tokenizer, text_encoder, empty_embeds, sampler, args, accelerator):
+    """Samples every validation prompt with the training sampler and guidance, from the same noise each time.
+
+    The prompts are shared out over the processes, so that none waits long for another. Returns, on every process, a
+    list of images for each prompt.
+    """
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=type(sampler).from_config(sampler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    training = unet.training
+    unet.eval()
+    images = []
+    with torch.no_grad():
+        for n, prompt in list(enumerate(args.validation_prompts))[
+            accelerator.process_index :: accelerator.num_processes
+        ]:
+            # Embeddings rather than the prompt: in float32 they keep the latents, and so the VAE, in float32.
+            prompt_embeds = encode_prompt([prompt], tokenizer, text_encoder).float()
+            result = []
+            for j in range(args.num_validation_images):
+                result += pipeline(
+                    prompt_embeds=prompt_embeds,
+                    negative_prompt_embeds=empty_embeds.float(),
+                    height=args.resolution,
+                    width=args.resolution,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    guidance_rescale=args.guidance_rescale,
+                    generator=make_generator(args.seed, "validation", n, j),
+                ).images
+            images.append((n, result))
+    unet.train(training)
+    return [result for _, result in sorted(gather_object(images), key=lambda item: item[0])]
+
+
+def log_validation(base_images, tuned_images, iteration, args, accelerator):
+    """Writes a grid for each prompt, base images above tuned ones, and sends it to the trackers. Returns the grids."""
+    if not accelerator.is_main_process:
+        return []
+    directory = Path(args.output_dir, "validation")
+    directory.mkdir(parents=True, exist_ok=True)
+    grids = []
+    for n, (base, tuned) in enumerate(zip(base_images, tuned_images, strict=True)):
+        grid = make_image_grid(base + tuned, rows=2, cols=len(base))
+        grid.save(directory / f"iteration-{iteration:06d}-prompt-{n}.png")
+        grids.append(grid)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            stacked = np.stack([np.asarray(grid) for grid in grids])
+            tracker.writer.add_images("validation", stacked, iteration, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            names = zip(grids, args.validation_prompts, strict=True)
+            tracker.log_images({"validation": [grid for grid, _ in names]}, step=iteration)
+    return grids
+
+
+def public_options(args) -> dict:
+    """The options for cards, trackers and files that may be published: no token, no path of this machine."""
+    options = {
+        name: value for name, value in vars(args).items() if name != "hub_token" and name not in PRIVATE_OPTIONS
+    }
+    for name, value in options.items():
+        if name.endswith("name_or_path") or name == "dataset_name":
+            options[name] = Path(value).name if value is not None and os.path.isdir(value) else value
+    return options
+
+
+def checkpoint_config(args, accelerator) -> dict:
+    """What a checkpoint must agree with when a run is resumed."""
+    config = {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME | {"hub_token"}}
+    config["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    config["discriminator_norm_group"] = args.discriminator_norm_group or largest_group(args.train_batch_size)
+    return config
+
+
+def list_checkpoints(output_dir) -> list[Path]:
+    """The checkpoints in `output_dir`, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(iteration, args, accelerator):
+    """Writes `checkpoint-N` aside and renames it, so that it appears whole or not at all; on every process."""
+    final = Path(args.output_dir, f"checkpoint-{iteration}")
+    partial = Path(args.output_dir, f".{final.name}-partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = {str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*") if file.is_file()}
+        manifest = {"iteration": iteration, "config": checkpoint_config(args, accelerator), "files": files}
+        (partial / "adt_checkpoint.json").write_text(json.dumps(manifest, indent=2))
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        if args.checkpoints_total_limit is not None:
+            for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(old)
+        logger.info(f"Saved {final}")
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(args, accelerator):
+    """The checkpoint to resume from and its iteration; `(None, 0)` where there is nothing to resume from.
+
+    Raises:
+        ADTError: if the checkpoint is missing, truncated, or of another configuration.
+    """
+    if args.resume_from_checkpoint is None:
+        return None, 0
+    existing = list_checkpoints(args.output_dir)
+    if args.resume_from_checkpoint == "latest":
+        if not existing:
+            logger.info(f"No checkpoint in {args.output_dir}: starting from the base pipeline.")
+            return None, 0
+        path = existing[-1]
+    else:
+        path = Path(args.resume_from_checkpoint)
+        if not path.is_dir():
+            path = Path(args.output_dir, args.resume_from_checkpoint)
+        if not path.is_dir():
+            raise ADTError(f"--resume_from_checkpoint {args.resume_from_checkpoint} does not exist.")
+    older = [other for other in existing if other != path]
+    hint = f" Try --resume_from_checkpoint {older[-1].name}." if older else ""
+    manifest_file = path / "adt_checkpoint.json"
+    if not manifest_file.is_file():
+        raise ADTError(f"{path} is not a checkpoint of this script: it has no adt_checkpoint.json.{hint}")
+    try:
+        manifest = json.loads(manifest_file.read_text())
+    except json.JSONDecodeError as error:
+        raise ADTError(f"{manifest_file} is truncated.{hint}") from error
+    for name, size in manifest["files"].items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ADTError(f"The checkpoint {path} is truncated: {name} is missing or incomplete.{hint}")
+    expected = checkpoint_config(args, accelerator)
+    different = [
+        f"{name} {manifest['config'].get(name)} (now {expected.get(name)})"
+        for name in sorted(expected.keys() | manifest["config"].keys())
+        if manifest["config"].get(name) != expected.get(name)
+    ]
+    if different:
+        raise ADTError(f"The checkpoint {path} was made with another configuration: {', '.join(different)}.")
+    if manifest["iteration"] > args.max_train_steps:
+        raise ADTError(f"The checkpoint {path} is at iteration {manifest['iteration']}, past --max_train_steps.")
+    return path, manifest["iteration"]
+
+
+def save_model_card(sampler, num_generator_updates, has_images, default_size, args):
+    """Writes README.md and adt_config.json into `output_dir`, always anew."""
+    options = public_options(args)
+    base = options["pretrained_model_name_or_path"]
+    call = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    if args.guidance_rescale:
+        call["guidance_rescale"] = args.guidance_rescale
+    if args.resolution != default_size:
+        call |= {"height": args.resolution, "width": args.resolution}
+    facts = {
+        "base_model": base,
+        "method": "fine-tuning" if args.adversarial_loss_weight == 0 else "adversarial diffusion tuning",
+        "iterations": args.max_train_steps,
+        "generator_updates": num_generator_updates,
+        "inference": {
+            "scheduler": type(sampler).__name__,
+            "timestep_spacing": sampler.config.timestep_spacing,
+            "prediction_type": sampler.config.prediction_type,
+            **call,
+        },
+        "training_options": options,
+        "versions": {module.__name__: module.__version__ for module in (accelerate, diffusers, torch, transformers)},
+    }
+    Path(args.output_dir, "adt_config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+    prompt = args.validation_prompts[0] if args.validation_prompts else "a lighthouse at dusk"
+    location = (args.hub_model_id or Path(args.output_dir).name) if args.push_to_hub else args.output_dir
+    arguments = "".join(f", {name}={value}" for name, value in call.items())
+    images = ""
+    if has_images:
+        rows = [
+            f"**{text or '(empty prompt)'}**\n\n![{n}](images/prompt-{n}.png)"
+            for n, text in enumerate(args.validation_prompts)
+        ]
+        images = (
+            "## Before and after\n\nBase images above, tuned ones below, same seeds.\n\n" + "\n\n".join(rows) + "\n\n"
+        )
+    table = "\n".join(f"| `{name}` | {value} |" for name, value in sorted(options.items()))
+    kind = (
+        "plain fine-tuning with the diffusion loss"
+        if args.adversarial_loss_weight == 0
+        else "Adversarial Diffusion Tuning: the sampler below was run with guidance during training, and a siamese "
+        "DINOv2 discriminator compared its images with the real ones"
+    )
+    content = f"""# {Path(args.output_dir).resolve().name}
+
+Tuned from `{base}` by {kind}.
+
+## Usage
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({json.dumps(location)})
+pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+image = pipeline({json.dumps(prompt)}{arguments}).images[0]
+image.save("image.png")
+```
+
+The saved scheduler is the one it was trained with: {type(sampler).__name__}, {args.num_inference_steps} steps,
+guidance scale {args.guidance_scale}, guidance rescale {args.guidance_rescale}, timestep spacing
+{sampler.config.timestep_spacing}. Other samplers work, but training has not seen them.
+
+{images}## Training
+
+{args.max_train_steps} iterations, {num_generator_updates} updates of the diffusion model. The licence of the base
+model applies. The same facts are in `adt_config.json`.
+
+| option | value |
+|---|---|
+{table}
+"""
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else base,
+        pipeline_tag="text-to-image",
+        inference=True,
+        tags=["text-to-image", "diffusers", "diffusers-training", "stable-diffusion", "adversarial-diffusion-tuning"],
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}").save(Path(args.output_dir, "README.md"))
+
+
+def is_generator_iteration(iteration, args) -> bool:
+    """Whether the 0-based `iteration` updates the generator."""
+    if args.adversarial_loss_weight == 0:
+        return True
+    return iteration >= args.generator_start_step and (iteration + 1) % args.generator_update_interval == 0
+
+
+def make_generator_optimizer(parameters, args):
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        import bitsandbytes as bnb
+
+        optimizer_class = bnb.optim.AdamW8bit
+    return make_optimizer(optimizer_class, parameters, args.learning_rate, args)
+
+
+def make_optimizer(optimizer_class, parameters, learning_rate, args):
+    return optimizer_class(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+    )
+
+
+def peak_memory_gb() -> float:
+    """The device's peak allocation where there is a GPU, else the process's peak resident set; 10^9 bytes."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main(args):
+    adversarial = args.adversarial_loss_weight != 0
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else torchrun's processes would not find each other on a CPU
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+    )
+    logging.basicConfig(
+        format="%(asctime)s - %(levelname)s - %(name)s - %(message)s", datefmt="%m/%d/%Y %H:%M:%S", level=logging.INFO
+    )
+    quiet = not accelerator.is_local_main_process
+    for library in (datasets, transformers, diffusers):
+        library.utils.logging.set_verbosity_error() if quiet else library.utils.logging.set_verbosity_warning()
+    if accelerator.distributed_type not in (
+        DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU,
+    ):  # fmt: skip
+        raise ADTError(
+            f"{accelerator.distributed_type.value} is not supported: two networks train in turn here, which sharded "
+            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu)."
+        )
+    if args.use_8bit_adam and not transformers.utils.is_bitsandbytes_available():
+        raise ADTError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    if not adversarial:
+        logger.info(
+            "--adversarial_loss_weight is 0: plain fine-tuning. --diffusion_loss_weight, --generator_update_interval, "
+            "--generator_start_step and the discriminator's options are ignored."
+        )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+
+    # Everything that can be checked before a model is loaded.
+    sampler, noise_scheduler = check_models(args)
+    dataset = load_image_caption_dataset(args)
+    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(dataset) / global_batch_size)
+    if args.scale_lr:
+        args.learning_rate *= global_batch_size
+        args.discriminator_learning_rate *= global_batch_size
+        args.scale_lr = False  # from here on the rates are what they say
+    checkpoint_path, first_iteration = find_checkpoint(args, accelerator)
+    batch_sampler = GlobalBatchSampler(
+        len(dataset), args, accelerator.num_processes, accelerator.process_index, first_iteration
+    )
+    used = range(first_iteration * global_batch_size, args.max_train_steps * global_batch_size)[: len(dataset)]
+    used = sorted({batch_sampler.dataset_index(n) for n in used})
+    num_empty = check_dataset(dataset, used[accelerator.process_index :: accelerator.num_processes], args)
+    num_empty = int(accelerator.reduce(torch.tensor(num_empty, device=accelerator.device), reduction="sum"))
+    if num_empty:
+        logger.warning(f"{num_empty} captions are empty; their images are trained on with the empty prompt.")
+    if accelerator.is_main_process:
+        os.makedirs(args.output_dir, exist_ok=True)
+        if args.push_to_hub:
+            repo_id = create_repo(
+                repo_id=args.hub_model_id or Path(args.output_dir).name, exist_ok=True, token=args.hub_token
+            ).repo_id
+
+    # The networks. What trains is in float32; the frozen VAE and feature network are too, since the gradient of a
+    # score with respect to a pixel is a small number. Frozen models are never prepared.
+    hub = {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
+    path = args.pretrained_model_name_or_path
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        path, subfolder="tokenizer", revision=args.revision, cache_dir=args.cache_dir
+    )
+    text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **hub).requires_grad_(False).eval()
+    text_encoder.to(accelerator.device, dtype=weight_dtype)
+    if args.pretrained_vae_model_name_or_path is None:
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **hub)
+    else:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+    vae.requires_grad_(False).eval().to(accelerator.device, dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **hub).float()
+    default_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        vae.enable_gradient_checkpointing()
+    empty_embeds = encode_prompt([""], tokenizer, text_encoder)
+
+    num_generator_updates = sum(is_generator_iteration(k, args) for k in range(args.max_train_steps))
+    if num_generator_updates == 0:
+        logger.warning("The generator is never updated: --max_train_steps is too small for the first update.")
+    scheduler_options = {"num_cycles": args.lr_num_cycles, "power": args.lr_power}
+    optimizer = make_generator_optimizer(unet.parameters(), args)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max(1, num_generator_updates),
+        **scheduler_options,
+    )
+    ema_unet = None
+    if args.use_ema:
+        ema_unet = EMAModel(
+            unet.parameters(),
+            decay=args.ema_decay,
+            model_cls=UNet2DConditionModel,
+            model_config=unet.config,
+            foreach=args.foreach_ema,
+        )
+        ema_unet.to("cpu" if args.offload_ema else accelerator.device)
+    # The learning rate schedulers are not prepared: accelerate would step them once for each process.
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler)
+    if adversarial:
+        feature_network = FeatureNetwork(
+            Dinov2Model.from_pretrained(args.discriminator_model_name_or_path, cache_dir=args.cache_dir).float(),
+            args.discriminator_layers,
+            args.discriminator_resolution,
+        ).to(accelerator.device)
+        augment = DiffAugment(args.augmentation_policy)
+        norm_group = args.discriminator_norm_group or largest_group(args.train_batch_size)
+        torch.manual_seed(args.seed)  # the discriminator's first weights, the same on every process
+        if args.discriminator_type == "siamese":
+            discriminator = SiameseDiscriminator(
+                feature_network.channels,
+                len(args.discriminator_layers),
+                similarity=args.discriminator_similarity,
+                reduction=args.discriminator_reduction,
+                ema_decay=args.discriminator_ema_decay,
+                norm_group=norm_group,
+            )
+        else:
+            discriminator = ProjectedDiscriminator(
+                feature_network.channels, len(args.discriminator_layers), norm_group
+            )
+        trainable = [parameter for parameter in discriminator.parameters() if parameter.requires_grad]
+        discriminator_optimizer = make_optimizer(torch.optim.AdamW, trainable, args.discriminator_learning_rate, args)
+        discriminator_lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            discriminator_optimizer,
+            num_warmup_steps=args.discriminator_lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            **scheduler_options,
+        )
+        discriminator, discriminator_optimizer = accelerator.prepare(discriminator, discriminator_optimizer)
+        accelerator.register_for_checkpointing(discriminator_lr_scheduler)
+
+    def save_model_hook(models, weights, output_dir):
+        while models_left := len(weights):
+            model = accelerator.unwrap_model(models[models_left - 1])
+            weights.pop()
+            if not accelerator.is_main_process:
+                continue
+            if model is accelerator.unwrap_model(unet):
+                model.save_pretrained(os.path.join(output_dir, "unet"))
+            else:
+                save_file(model.state_dict(), os.path.join(output_dir, "discriminator.safetensors"))
+        if ema_unet is not None and accelerator.is_main_process:
+            ema_unet.save_pretrained(os.path.join(output_dir, "unet_ema"))
+
+    def load_model_hook(models, input_dir):
+        while models:
+            model = accelerator.unwrap_model(models.pop())
+            if model is accelerator.unwrap_model(unet):
+                saved = UNet2DConditionModel.from_pretrained(input_dir, subfolder="unet").state_dict()
+            else:
+                saved = load_file(os.path.join(input_dir, "discriminator.safetensors"))
+            model.load_state_dict(saved)
+        if ema_unet is not None:
+            saved = EMAModel.from_pretrained(os.path.join(input_dir, "unet_ema"), UNet2DConditionModel)
+            ema_unet.load_state_dict(saved.state_dict())
+            ema_unet.to("cpu" if args.offload_ema else accelerator.device)
+
+    accelerator.register_save_state_pre_hook(save_model_hook)
+    accelerator.register_load_state_pre_hook(load_model_hook)
+
+    validation = (vae, tokenizer, text_encoder, empty_embeds, sampler, args, accelerator)
+    base_images = None
+    if args.validation_prompts:
+        # Before a checkpoint is loaded, so that the weights are the base pipeline's; there is no second copy of them.
+        base_images = generate_validation_images(accelerator.unwrap_model(unet), *validation)
+    if checkpoint_path is not None:
+        accelerator.load_state(str(checkpoint_path))
+        logger.info(f"Resuming from {checkpoint_path}")
+    if args.report_to != "none":
+        accelerator.init_trackers(
+            args.tracker_project_name, config={name: str(value) for name, value in public_options(args).items()}
+        )
+
+    dataloader = torch.utils.data.DataLoader(
+        ImageCaptionDataset(dataset, args),
+        batch_sampler=batch_sampler,
+        collate_fn=collate_fn,
+        num_workers=args.dataloader_num_workers,
+    )
+    sampler_options = ", ".join(f"{name}={value}" for name, value in sorted(sampler.config.items()) if name[0] != "_")
+    logger.info("***** Running training *****")
+    logger.info(f"  Images = {len(dataset)}, global batch = {global_batch_size}")
+    logger.info(
+        f"  Iterations = {first_iteration} to {args.max_train_steps}, generator updates = {num_generator_updates}"
+    )
+    logger.info(f"  Sampler = {type(sampler).__name__}, {args.num_inference_steps} steps ({sampler_options})")
+    progress_bar = tqdm(
+        range(args.max_train_steps),
+        initial=first_iteration,
+        desc="Iterations",
+        disable=not accelerator.is_local_main_process,
+    )
+    sampler.set_timesteps(args.num_inference_steps, device=accelerator.device)
+    saturated_for, saturation_warned, shown = 0, False, {}
+    loader = iter(dataloader)
+    for iteration in range(first_iteration, args.max_train_steps):
+        started = time.perf_counter()
+        # The global generator serves dropout alone, where the model has any.
+        seed = make_generator(args.seed, "dropout", iteration, accelerator.process_index).initial_seed()
+        torch.manual_seed(seed)
+        updates_generator = is_generator_iteration(iteration, args)
+
+        # 1. Encode the global batch's micro-batches.
+        batches = []
+        for _ in range(args.gradient_accumulation_steps):
+            examples = next(loader)
+            batch = prepare_batch(examples, iteration, args, accelerator, vae, tokenizer, text_encoder, empty_embeds)
+            if not adversarial:
+                draws = draw_per_image(torch.rand, (), args.seed, "timestep", iteration, examples["positions"])
+                batch["timesteps"] = (draws * noise_scheduler.config.num_train_timesteps).long()
+            batches.append(batch)
+
+        if not adversarial:
+            values = update_finetune(
+                batches, unet, optimizer, lr_scheduler, noise_scheduler, iteration, args, accelerator
+            )
+        else:
+            # 2. One start index for the whole global batch. 3. The steps that send a gradient.
+            path_generator = make_generator(args.seed, "path", iteration)
+            start_index = torch.randint(args.num_inference_steps, (1,), generator=path_generator).item()
+            train_steps = ()
+            if updates_generator:
+                train_steps = select_train_steps(
+                    start_index, args.num_inference_steps, args.num_gradient_steps, path_generator
+                )
+            # 4. Simulate inference and 5. decode.
+            unet.eval()
+            for batch in batches:
+                batch["rollout"] = simulate_inference(
+                    make_predict(unet, batch),
+                    sampler,
+                    starting_latents(sampler, batch["latents"], batch["noise"], start_index),
+                    start_index,
+                    args.guidance_scale,
+                    args.guidance_rescale,
+                    train_steps,
+                    args.gradient_path,
+                )
+                batch["generated"] = decode_latents(vae, batch["rollout"].latents)
+            # 6. Update the discriminator.
+            values = {"start_index": start_index}
+            values |= update_discriminator(
+                batches, discriminator, discriminator_optimizer, discriminator_lr_scheduler, feature_network, augment,
+                iteration, args, accelerator,
+            )  # fmt: skip
+            # 7. Update the generator.
+            if updates_generator:
+                values |= update_generator(
+                    batches, unet, optimizer, lr_scheduler, sampler, start_index, discriminator, feature_network,
+                    augment, iteration, args, accelerator,
+                )  # fmt: skip
+            values["discriminator_lr"] = discriminator_lr_scheduler.get_last_lr()[0]
+            gap = values["real_score"] - values["fake_score"]
+            saturated_for = saturated_for + 1 if gap > SATURATION_GAP else 0
+            if saturated_for >= SATURATION_ITERATIONS and not saturation_warned:
+                saturation_warned = True
+                logger.warning(
+                    f"The discriminator is saturated: its scores for real and generated images have been {gap:.2f} "
+                    f"apart for {SATURATION_ITERATIONS} iterations. Lower --discriminator_learning_rate."
+                )
+        del batches
+        values["lr"] = lr_scheduler.get_last_lr()[0]
+        if ema_unet is not None and updates_generator:
+            if args.offload_ema:
+                ema_unet.to(accelerator.device, non_blocking=True)
+            ema_unet.step(accelerator.unwrap_model(unet).parameters())
+            if args.offload_ema:
+                ema_unet.to("cpu", non_blocking=True)
+
+        seconds = time.perf_counter() - started
+        values |= {
+            "seconds_per_iteration": seconds,
+            "images_per_second": global_batch_size / seconds,
+            "peak_memory_gb": peak_memory_gb(),
+        }
+        shown |= values
+        progress_bar.update(1)
+        progress_bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        accelerator.log(values, step=iteration + 1)
+
+        done = iteration + 1
+        if done % args.checkpointing_steps == 0:
+            save_checkpoint(done, args, accelerator)
+        if args.validation_prompts and done % args.validation_steps == 0 and done < args.max_train_steps:
+            with ema_weights(ema_unet, accelerator.unwrap_model(unet)):
+                tuned_images = generate_validation_images(accelerator.unwrap_model(unet), *validation)
+            log_validation(base_images, tuned_images, done, args, accelerator)
+    progress_bar.close()
+
+    # The end: a standard pipeline with the sampler that it was trained with, its card, and the Hub.
+    accelerator.wait_for_everyone()
+    unet = accelerator.unwrap_model(unet)
+    with ema_weights(ema_unet, unet):
+        grids = []
+        if args.validation_prompts:
+            tuned_images = generate_validation_images(unet, *validation)
+            grids = log_validation(base_images, tuned_images, args.max_train_steps, args, accelerator)
+        if accelerator.is_main_process:
+            components = {"unet": unet, "scheduler": type(sampler).from_config(sampler.config)}
+            if args.pretrained_vae_model_name_or_path is not None:
+                components["vae"] = vae
+            pipeline = StableDiffusionPipeline.from_pretrained(path, **components, **hub)
+            pipeline.save_pretrained(args.output_dir)
+            for n, grid in enumerate(grids):
+                file = Path(args.output_dir, "images", f"prompt-{n}.png")
+                file.parent.mkdir(exist_ok=True)
+                grid.save(file)
+            save_model_card(sampler, num_generator_updates, bool(grids), default_size, args)
+            if args.push_to_hub:
+                upload_folder(
+                    repo_id=repo_id,
+                    folder_path=args.output_dir,
+                    commit_message="End of training",
+                    ignore_patterns=["checkpoint-*/**", ".checkpoint-*/**", "validation/**", f"{args.logging_dir}/**"],
+                    token=args.hub_token,
+                )
+            logger.info(f"Saved the tuned pipeline in {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ADTError as error:
+        sys.exit(f"error: {error}")
