@@ -1,4 +1,4 @@
-# Each target sets up what it needs in .venv. PYTHON chooses the interpreter that makes it (3.10 or later).
+# Each target sets up what it needs in .venv. PYTHON chooses the interpreter that makes it (3.11 or later).
 PYTHON ?= python3
 BIN = .venv/bin
 
@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/python demo/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 quality: .venv/installed
 	$(BIN)/ruff check .

@@ -1235,7 +1235,7 @@ def main(args):
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **hub)
     else:
         vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
-    vae.requires_grad_(False).eval().to(accelerator.device, dtype=torch.float32)
+    vae.requires_grad_(False).eval().float().to(accelerator.device)
     unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **hub).float()
     default_size = unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
     if args.gradient_checkpointing:

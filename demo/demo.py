@@ -1,0 +1,188 @@
+"""Tunes a tiny Stable Diffusion from flat shapes to shaded ones, with and without ADT, and shows what came out.
+
+    python demo/demo.py --output_dir demo/output
+
+It runs the same `train_adt_sd15.py` that a user with a real model runs, three times:
+
+    fine-tuned    plain fine-tuning of the base pipeline
+    longer        plain fine-tuning of that result, for as many iterations as ADT gets
+    adt           ADT of the same result
+
+and ends with `comparison.png` (rows: base, fine-tuned, fine-tuned longer, ADT, real; same prompts and seeds) and
+`results.json`: for each row a Fréchet distance to real images on features that the discriminator does not use, and the
+share of samples that show what the prompt asks for. Finished runs are kept, so that a second call goes on.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+from evaluator import load_evaluator
+from PIL import Image, ImageDraw
+from shapes import ATTRIBUTES, draw, write_imagefolder
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+
+DEMO = Path(__file__).resolve().parent
+SAMPLING = {"num_inference_steps": 10, "guidance_scale": 3.0}
+TRAINING = [
+    "--resolution", "32", "--center_crop", "--train_batch_size", "16", "--checkpointing_steps", "1000",
+    "--report_to", "tensorboard",
+]  # fmt: skip
+FINE_TUNING = ["--adversarial_loss_weight", "0", "--lr_warmup_steps", "50"]
+ADVERSARIAL = [
+    "--sampler", "ddim", "--num_inference_steps", str(SAMPLING["num_inference_steps"]),
+    "--guidance_scale", str(SAMPLING["guidance_scale"]),
+    "--learning_rate", "5e-5", "--lr_warmup_steps", "10",
+    "--adversarial_loss_weight", "auto",
+    "--generator_start_step", "150", "--generator_update_interval", "5",
+    "--discriminator_learning_rate", "2e-3", "--discriminator_lr_warmup_steps", "20",
+    "--discriminator_layers", "-1", "1", "3", "5", "--discriminator_resolution", "32",
+    "--augmentation_policy",
+]  # fmt: skip
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=DEMO / "output")
+    parser.add_argument("--assets", type=Path, default=DEMO / "assets", help="What make_assets.py wrote.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fine_tuning_steps", type=int, default=400, help="Iterations of plain fine-tuning.")
+    parser.add_argument("--adt_steps", type=int, default=500, help="Iterations of ADT, and of fine-tuning longer.")
+    parser.add_argument("--num_samples", type=int, default=1000, help="Images for each number.")
+    return parser.parse_args()
+
+
+def tune(name, base, steps, options, args):
+    """Runs the training script unless its result is there. Returns the tuned pipeline's folder."""
+    output = args.output_dir / name
+    if (output / "model_index.json").is_file():
+        print(f"{output} is there.", flush=True)
+        return output
+    command = [
+        "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "train_adt_sd15.py", "--pretrained_model_name_or_path", base,
+        "--train_data_dir", args.output_dir / "data", "--output_dir", output, "--max_train_steps", steps,
+        "--seed", args.seed, "--discriminator_model_name_or_path", args.assets / "dinov2",
+        "--resume_from_checkpoint", "latest", *TRAINING, *options,
+    ]  # fmt: skip
+    command = [str(word) for word in command]
+    print(f"\n== {name}\n{shlex.join(command)}", flush=True)
+    launcher = [str(Path(sys.executable).parent / command[0])] + command[1:]
+    subprocess.run(launcher, check=True, cwd=DEMO.parent)
+    return output
+
+
+@torch.no_grad()
+def sample(path, captions, seed):
+    """Images (N, 3, 32, 32) in [0, 1], one for each caption; the same noise for every pipeline."""
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    if "DDIM" not in type(pipeline.scheduler).__name__:  # the base's
+        from diffusers import DDIMScheduler
+
+        pipeline.scheduler = DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    images = [
+        pipeline(captions[first : first + 100], generator=generator, output_type="pt", **SAMPLING).images
+        for first in range(0, len(captions), 100)
+    ]
+    return torch.cat(images).float()
+
+
+class StandardisedFeatures(torch.nn.Module):
+    """The evaluator's features, each divided by its standard deviation over real images."""
+
+    num_features = 64
+
+    def __init__(self, evaluator, real):
+        super().__init__()
+        self.evaluator = evaluator
+        self.register_buffer("scale", evaluator(real).std(0))
+
+    def forward(self, images):
+        return self.evaluator(images) / self.scale
+
+
+def measure(images, attributes, real, evaluator):
+    """The Fréchet distance of `images` to `real`, and the share of them that show each attribute of their prompt."""
+    distance = FrechetInceptionDistance(
+        StandardisedFeatures(evaluator, real), normalize=True, input_img_size=(3, 32, 32)
+    )
+    distance.set_dtype(torch.float64)
+    distance.update(real, real=True)
+    distance.update(images, real=False)
+    logits = evaluator.logits(images)
+    followed = {
+        name: (logits[name].argmax(1) == torch.from_numpy(attributes[name])).float().mean().item()
+        for name in ATTRIBUTES
+    }
+    return {"frechet_distance": distance.compute().item(), "prompt_followed": sum(followed.values()) / len(followed)}
+
+
+def draw_comparison(rows, results, path):
+    """Writes one row of eight images for each name in `rows`, with its numbers beside it."""
+    size, label = 96, 250
+    images = []
+    for name, pixels in rows.items():
+        text = name
+        if name in results:
+            text += f"\nFréchet distance {results[name]['frechet_distance']:.2f}"
+            text += f"\nprompt followed {results[name]['prompt_followed']:.0%}"
+        cell = Image.new("RGB", (label, size), "white")
+        ImageDraw.Draw(cell).multiline_text((8, 24), text, fill="black", font_size=16)
+        arrays = (pixels[:8].permute(0, 2, 3, 1) * 255).round().byte().numpy()
+        pictures = [Image.fromarray(array).resize((size, size), Image.Resampling.NEAREST) for array in arrays]
+        images.append([cell, *pictures])
+    height, width = size * len(images), label + 8 * size
+    sheet = Image.new("RGB", (width, height), "white")
+    for n, (cell, *pictures) in enumerate(images):
+        sheet.paste(cell, (0, n * size))
+        sheet.paste(make_image_grid(pictures, rows=1, cols=len(pictures)), (label, n * size))
+    sheet.save(path)
+
+
+def main():
+    args = parse_args()
+    started = time.time()
+    args.output_dir = args.output_dir.resolve()
+    args.assets = args.assets.resolve()
+    if not (args.output_dir / "data").is_dir():
+        write_imagefolder(args.output_dir / "data", "shaded", 2000, seed=1)
+
+    base = args.assets / "pipeline"
+    fine_tuned = tune("fine-tuned", base, args.fine_tuning_steps, FINE_TUNING + ["--learning_rate", "3e-4"], args)
+    longer = tune("longer", fine_tuned, args.adt_steps, FINE_TUNING + ["--learning_rate", "5e-5"], args)
+    adt = tune("adt", fine_tuned, args.adt_steps, ADVERSARIAL, args)
+
+    real, captions, attributes = draw("shaded", args.num_samples, seed=2)
+    real = torch.from_numpy(real).permute(0, 3, 1, 2) / 255
+    other, _, _ = draw("shaded", args.num_samples, seed=3)
+    evaluator = load_evaluator(args.assets / "evaluator" / "model.safetensors")
+    rows, results = {}, {}
+    for name, path in {"base": base, "fine-tuned": fine_tuned, "fine-tuned longer": longer, "ADT": adt}.items():
+        rows[name] = sample(path, captions, seed=4)
+        results[name] = measure(rows[name], attributes, real, evaluator)
+    rows["real"] = torch.from_numpy(other).permute(0, 3, 1, 2) / 255
+    results["real"] = measure(real, attributes, rows["real"], evaluator)
+    rows["real"] = real
+    draw_comparison(rows, results, args.output_dir / "comparison.png")
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    print(f"\n{'':20}{'Fréchet distance':>18}{'prompt followed':>18}")
+    for name, values in results.items():
+        print(f"{name:20}{values['frechet_distance']:18.3f}{values['prompt_followed']:18.1%}")
+    print(f"\n{args.output_dir / 'comparison.png'}, {(time.time() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

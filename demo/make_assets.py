@@ -1,0 +1,312 @@
+"""Train the demo's models from nothing, on two CPU cores, in about half an hour.
+
+    python demo/make_assets.py                     # all four, then measure them
+    python demo/make_assets.py --only unet         # one of them again
+    python demo/make_assets.py --only              # measure what is there
+
+It writes, under `--output_dir`:
+    pipeline    a tiny `StableDiffusionPipeline` that draws the `flat` distribution of `shapes.py` from a caption;
+                its VAE also knows `shaded`, since it stays frozen when the UNet is tuned
+    dinov2      a tiny `Dinov2Model` for the discriminator
+    evaluator   the classifier of `evaluator.py`, for the metrics
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from evaluator import CLASSES, Evaluator, load_evaluator
+from safetensors.torch import save_file
+from shapes import ATTRIBUTES, DISTRIBUTIONS, RESOLUTION, draw
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+STAGES = ("vae", "unet", "evaluator", "dinov2")
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "assets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", choices=STAGES, default=STAGES, help="What to train; the VAE is first.")
+    parser.add_argument("--vae_steps", type=int, default=1600)
+    parser.add_argument("--unet_steps", type=int, default=3000)
+    parser.add_argument("--evaluator_steps", type=int, default=1500)
+    parser.add_argument("--dinov2_steps", type=int, default=1200)
+    return parser.parse_args()
+
+
+def load_images(distributions, count, seed):
+    """Float images `(N, 3, 32, 32)` in [0, 1], captions, and the class indices of each key of `CLASSES`, `(N,)`."""
+    images, captions, labels = [], [], {name: [] for name in CLASSES}
+    for distribution in distributions:
+        pixels, texts, attributes = draw(distribution, count, seed + DISTRIBUTIONS.index(distribution))
+        images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
+        captions += texts
+        for name in ATTRIBUTES:
+            labels[name].append(torch.from_numpy(attributes[name]))
+        labels["style"].append(torch.full((count,), DISTRIBUTIONS.index(distribution)))
+    return torch.cat(images), captions, {name: torch.cat(values) for name, values in labels.items()}
+
+
+def train(name, model, loss_function, num_items, steps, learning_rate, batch_size=64):
+    """Minimises `loss_function(indices of a batch)` over `num_items` items; `model` ends with the averaged weights."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    print(f"{name}: {sum(parameter.numel() for parameter in parameters):,} parameters, {steps} steps", flush=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
+    lr_scheduler = get_cosine_schedule_with_warmup(optimizer, min(100, steps // 10), steps)
+    ema = EMAModel(parameters, decay=0.995)
+    model.train()
+    start, losses = time.time(), []
+    for step in range(1, steps + 1):
+        loss = loss_function(torch.randint(num_items, (batch_size,)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        lr_scheduler.step()
+        ema.step(parameters)
+        losses.append(loss.item())
+        if step % 100 == 0 or step == steps:
+            print(f"{name}: step {step}, loss {np.mean(losses[-100:]):.4f}, {time.time() - start:.0f} s", flush=True)
+    ema.copy_to(parameters)
+    model.eval()
+
+
+def train_vae(output_dir, steps, seed):
+    images, _, _ = load_images(DISTRIBUTIONS, 10000, seed)
+    images = 2 * images - 1
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=8,  # 32x32 images have little redundancy: with 4 their stripes are lost
+        norm_num_groups=8,
+        sample_size=RESOLUTION,
+    )
+    with torch.no_grad():
+        # Start with a posterior of standard deviation 0.05, rather than 1, under which hardly anything is learnt.
+        vae.quant_conv.weight[vae.config.latent_channels :] = 0
+        vae.quant_conv.bias[vae.config.latent_channels :] = -6
+
+    def loss_function(indices):
+        batch = images[indices]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 5e-6 * posterior.kl().mean()
+
+    train("vae", vae, loss_function, len(images), steps, learning_rate=2e-3, batch_size=32)
+    with torch.no_grad():
+        latents = vae.encode(images[::10]).latent_dist.mean
+    print(f"vae: latent mean {latents.mean():.3f}, std {latents.std():.3f}")
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    vae.half().save_pretrained(output_dir / "pipeline" / "vae")
+
+
+def build_tokenizer():
+    """A `CLIPTokenizer` for which each word of a caption is one token; any other word becomes shorter pieces."""
+    characters = list(bytes_to_unicode().values())
+    merges = []
+    for word in ["background", "on", "a", *(value for values in ATTRIBUTES.values() for value in values)]:
+        # Earlier words' merges come first in byte-pair encoding, so a word's own merges join what those leave.
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for pair in merges:
+            position = 0
+            while position < len(pieces) - 1:
+                if (pieces[position], pieces[position + 1]) == pair:
+                    pieces[position : position + 2] = ["".join(pair)]
+                position += 1
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = [pieces[0] + pieces[1]]
+    tokens = [*characters, *(character + "</w>" for character in characters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
+
+
+def train_unet(output_dir, steps, seed):
+    """Trains the UNet and the text encoder on `flat`, with the VAE that is there, and writes the whole pipeline."""
+    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    images, captions, _ = load_images(["flat"], 20000, seed)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(500)])
+    latents = latents * vae.config.scaling_factor
+
+    tokenizer = build_tokenizer()
+    token_ids = tokenizer(["", *captions], padding="max_length", return_tensors="pt").input_ids
+    empty_ids, caption_ids = token_ids[:1], token_ids[1:]
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=latents.shape[-1],
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=(64, 96),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+    scheduler = PNDMScheduler(  # Stable Diffusion 1.5's
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+
+    def loss_function(indices):
+        dropped = torch.rand(len(indices), 1) < 0.1
+        prompt_embeds = text_encoder(torch.where(dropped, empty_ids, caption_ids[indices])).last_hidden_state
+        noise = torch.randn_like(latents[indices])
+        timesteps = torch.randint(1000, (len(indices),))
+        noisy_latents = scheduler.add_noise(latents[indices], noise, timesteps)
+        return F.mse_loss(unet(noisy_latents, timesteps, prompt_embeds).sample, noise)
+
+    train("unet", nn.ModuleList([unet, text_encoder]), loss_function, len(latents), steps, learning_rate=1e-3)
+    # The text encoder stays in float32: transformers, unlike diffusers, would load half precision as such.
+    StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(output_dir / "pipeline")
+
+
+def augment(images):
+    """Changes contrast and brightness a little and adds noise, so that a classifier does not rely on exact pixels."""
+    contrast = 1 + 0.2 * (torch.rand(len(images), 1, 1, 1) - 0.5)
+    brightness = 0.1 * (torch.rand(len(images), 1, 1, 1) - 0.5)
+    return images * contrast + brightness + 0.02 * torch.randn_like(images)
+
+
+def train_classifier(name, model, logits, steps, learning_rate, seed):
+    """Trains `model` so that `logits(images)`, a dict, tells the `CLASSES` apart, and prints how well it does."""
+    images, _, labels = load_images(DISTRIBUTIONS, 10000, seed)
+
+    def loss_function(indices):
+        predictions = logits(augment(images[indices]))
+        return sum(F.cross_entropy(predictions[key], labels[key][indices]) for key in CLASSES)
+
+    train(name, model, loss_function, len(images), steps, learning_rate)
+    images, _, labels = load_images(DISTRIBUTIONS, 1000, seed + 10)
+    with torch.no_grad():
+        predictions = logits(images)
+    accuracies = {key: (predictions[key].argmax(1) == labels[key]).float().mean().item() for key in CLASSES}
+    print(f"{name}: accuracy on new images", {key: round(value, 3) for key, value in accuracies.items()}, flush=True)
+
+
+def train_evaluator(output_dir, steps, seed):
+    evaluator = Evaluator()
+    train_classifier("evaluator", evaluator, evaluator.logits, steps, 2e-3, seed)
+    (output_dir / "evaluator").mkdir(parents=True, exist_ok=True)
+    save_file(evaluator.half().state_dict(), output_dir / "evaluator" / "model.safetensors")
+
+
+def train_dinov2(output_dir, steps, seed):
+    backbone = Dinov2Model(
+        Dinov2Config(
+            image_size=RESOLUTION,
+            patch_size=4,
+            hidden_size=96,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            mlp_ratio=2,
+        )
+    )
+    heads = nn.ModuleDict({key: nn.Linear(2 * 96, len(values)) for key, values in CLASSES.items()})
+
+    def logits(images):
+        tokens = backbone((images - IMAGENET_MEAN) / IMAGENET_STD).last_hidden_state
+        # The mean over patches is there because the discriminator looks at each patch, not at the CLS token alone.
+        features = torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+        return {key: head(features) for key, head in heads.items()}
+
+    train_classifier("dinov2", nn.ModuleList([backbone, heads]), logits, steps, 1e-3, seed)
+    backbone.save_pretrained(output_dir / "dinov2")
+
+
+@torch.no_grad()
+def measure(output_dir, seed, count=1000):
+    """Prints what the saved pipeline reconstructs and draws, as the saved evaluator sees it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(output_dir / "pipeline", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    # `clip_sample` would clip the latents' prediction to [-1, 1]; it is on by default and has no meaning here.
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    evaluator = load_evaluator(output_dir / "evaluator" / "model.safetensors")
+    real, captions, labels = load_images(DISTRIBUTIONS, count, seed)
+    flat, shaded = real.split(count)
+
+    def decode(images):
+        latents = pipeline.vae.encode(2 * images - 1).latent_dist.mean
+        return (pipeline.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+
+    def frechet_distance(images, reference):
+        a, b = (((evaluator(x) - features.mean(0)) / features.std(0)).double() for x in (images, reference))
+        cross = np.linalg.eigvals((a.T.cov() @ b.T.cov()).numpy())
+        traces = a.T.cov().trace() + b.T.cov().trace() - 2 * np.sqrt(np.maximum(cross.real, 0)).sum()
+        return ((a.mean(0) - b.mean(0)).square().sum() + traces).item()
+
+    features = evaluator(real)
+    sampling = {"num_inference_steps": 10, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(seed)}
+    batches = [captions[i : i + 100] for i in range(0, count, 100)]
+    samples = torch.cat([pipeline(batch, **sampling, output_type="pt").images for batch in batches])
+    predictions = {key: logits.argmax(1) for key, logits in evaluator.logits(samples).items()}
+    followed = {key: (predictions[key] == labels[key][:count]).float().mean().item() for key in CLASSES}
+    decoded_flat, decoded_shaded = decode(flat), decode(shaded)
+    print("VAE, mean absolute error in [0, 1]:")
+    print(f"  flat {(decoded_flat - flat).abs().mean():.4f}, shaded {(decoded_shaded - shaded).abs().mean():.4f}")
+    print("samples of the base pipeline, DDIM 10, guidance 3, share that follows the prompt:")
+    print(" ", {key: round(value, 3) for key, value in followed.items()})
+    print("Fréchet distance on standardised features:")
+    print(f"  flat, decoded from its latents {frechet_distance(decoded_flat, flat):.3f}")
+    print(f"  shaded, decoded from its latents {frechet_distance(decoded_shaded, shaded):.3f}")
+    print(f"  samples to flat {frechet_distance(samples, flat):.3f}")
+    print(f"  samples to shaded {frechet_distance(samples, shaded):.3f}")
+    print(f"  flat to shaded {frechet_distance(flat, shaded):.3f}")
+
+
+def main():
+    args = parse_args()
+    trainers = {"vae": train_vae, "unet": train_unet, "evaluator": train_evaluator, "dinov2": train_dinov2}
+    for index, (stage, trainer) in enumerate(trainers.items()):
+        if stage in args.only:
+            seed = 1000 * args.seed + 100 * index
+            torch.manual_seed(seed)
+            trainer(args.output_dir, getattr(args, f"{stage}_steps"), seed)
+    measure(args.output_dir, 1000 * args.seed + 900)
+
+
+if __name__ == "__main__":
+    main()

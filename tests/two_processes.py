@@ -1,0 +1,48 @@
+"""Runs `train_adt_sd15.py` with the given options, under torchrun or alone, and saves what each process saw.
+
+    torchrun --nproc_per_node 2 tests/two_processes.py RECORD_DIR OPTIONS...
+
+RECORD_DIR/rank-N.pt holds, for each optimizer step, the synchronised gradient as one vector (before clipping), the
+start index of every rollout, and the final weights of both networks.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_adt_sd15 as train  # noqa: E402
+
+
+def record(directory, options):
+    models, gradients, start_indices = {}, [], []
+    apply_update, simulate_inference = train.apply_update, train.simulate_inference
+
+    def recording_update(model, *others):
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
+        apply_update(model, *others)
+        models[model] = [parameter.detach() for parameter in model.parameters()]
+
+    def recording_inference(predict, scheduler, latents, start_index, *others):
+        start_indices.append(start_index)
+        return simulate_inference(predict, scheduler, latents, start_index, *others)
+
+    train.apply_update, train.simulate_inference = recording_update, recording_inference
+    try:
+        train.main(train.parse_args(options))
+    finally:
+        train.apply_update, train.simulate_inference = apply_update, simulate_inference
+    weights = [[parameter.clone() for parameter in parameters] for parameters in models.values()]
+    rank = train.accelerate.PartialState().process_index
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    result = {"gradients": gradients, "start_indices": start_indices, "weights": weights}
+    torch.save(result, Path(directory, f"rank-{rank}.pt"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    record(sys.argv[1], sys.argv[2:])
