@@ -18,13 +18,13 @@
     python benchmarks/memory.py --model sd15     # SD1.5's configuration, on fake tensors, which have shapes only
 
 What is counted is the peak of live bytes in the storages that autograd keeps for its backward, parameters and buffers
-left out, each storage once. The recomputation of checkpointed parts is counted too, and so are the bfloat16 copies of
-the network's weights that autocast makes. Not counted are temporary buffers of a single operation, the allocator's
-fragmentation, and what a rollout keeps of each chosen step, its input and its prediction, each as large as the latents.
+left out, each storage once. The recomputation of checkpointed parts is counted too, and so are the bfloat16 copies
+of the network's weights that autocast makes. Not counted are temporary buffers of a single operation, the allocator's
+fragmentation, and each chosen step's input and prediction, which a rollout keeps and which are as large as latents.
 
-The network has float32 weights and runs under bfloat16 autocast (norms in float32, as on CUDA); the VAE, DINOv2 and the
-discriminator run in float32, as in `train_adt_sd15.py`. The VAE decodes one image at a time, checkpointed, throughout,
-and the sampler has 8 steps. "Plain autograd" keeps the K graphs, with both guidance branches in one batch.
+The network has float32 weights and runs under bfloat16 autocast (norms in float32, as on CUDA); the VAE, DINOv2 and
+the discriminator run in float32, as in `train_adt_sd15.py`. The VAE decodes one image at a time, checkpointed,
+throughout, and the sampler has 8 steps. "Plain autograd" keeps K graphs, both guidance branches in one batch.
 """
 
 import argparse

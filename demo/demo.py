@@ -118,7 +118,6 @@ def measure(images, attributes, real, evaluator):
     distance = FrechetInceptionDistance(
         StandardisedFeatures(evaluator, real), normalize=True, input_img_size=(3, 32, 32)
     )
-    distance.set_dtype(torch.float64)
     distance.update(real, real=True)
     distance.update(images, real=False)
     logits = evaluator.logits(images)

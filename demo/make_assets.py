@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", choices=STAGES, default=STAGES, help="What to train; the VAE is first.")
     parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--unet_steps", type=int, default=3000)
+    parser.add_argument("--unet_steps", type=int, default=2500)
     parser.add_argument("--evaluator_steps", type=int, default=1500)
     parser.add_argument("--dinov2_steps", type=int, default=1200)
     return parser.parse_args()
@@ -165,8 +165,8 @@ def train_unet(output_dir, steps, seed):
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         block_out_channels=(64, 96),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=64,
         attention_head_dim=4,

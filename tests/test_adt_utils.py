@@ -7,6 +7,7 @@ import math
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -662,6 +663,26 @@ def test_parameter_counts():
     assert count(discriminator.predictors) == 227_520
     trainable = {name.split(".")[0] for name, parameter in discriminator.named_parameters() if parameter.requires_grad}
     assert trainable == {"heads", "predictors"}
+
+
+def test_head_is_the_papers():
+    """A.2 written out: 1x1, norm, LeakyReLU; a residual block of kernel 9, circular; 1x1 to the outputs."""
+    torch.manual_seed(0)
+    head = discriminator_head(8, 5).eval()
+    convolutions = [module for module in head.modules() if isinstance(module, torch.nn.Conv1d)]
+    weights = [(convolution.weight, convolution.bias) for convolution in convolutions]
+    assert [tuple(weight.shape) for weight, _ in weights] == [(8, 8, 1), (8, 8, 9), (5, 8, 1)]
+    torch.testing.assert_close(spectral_norms(head), torch.ones(3), rtol=0.1, atol=0)
+
+    def activate(x):
+        x = (x - x.mean((0, 2), keepdim=True)) / (x.var((0, 2), keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return torch.where(x > 0, x, 0.2 * x)
+
+    x = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0))
+    hidden = activate(F.conv1d(x, *weights[0]))
+    wrapped = torch.cat([hidden[..., -4:], hidden, hidden[..., :4]], dim=2)
+    hidden = (activate(F.conv1d(wrapped, *weights[1])) + hidden) / math.sqrt(2)
+    torch.testing.assert_close(head(x), F.conv1d(hidden, *weights[2]), rtol=1e-4, atol=1e-5)
 
 
 def make_features(batch_size, channels=32, length=16, layers=2, seed=0):
