@@ -41,6 +41,7 @@ from adt_utils import (
     signal_and_noise_levels,
     simulate_inference,
     starting_latents,
+    update_spectral_norm,
 )
 from benchmarks import memory
 
@@ -749,6 +750,27 @@ def test_spectral_norm_vectors_move_only_while_the_head_trains():
     discriminator.train()(features, features)
     assert not any(unchanged(heads, discriminator.heads)) and all(unchanged(twins, discriminator.twin_heads))
     assert discriminator.training and not any(module.training for module in discriminator.twin_heads.modules())
+
+
+def test_update_spectral_norm_iterates_once_whatever_the_number_of_forwards():
+    torch.manual_seed(0)
+    discriminator, reference = SiameseDiscriminator(8, 1), SiameseDiscriminator(8, 1)
+    reference.load_state_dict(discriminator.state_dict())
+    with torch.no_grad():  # weights that their vectors do not belong to yet, as after an optimizer's step
+        for model in (discriminator, reference):
+            for parameter in model.heads.parameters():
+                parameter.add_(torch.linspace(-0.3, 0.3, parameter.numel()).view(parameter.shape))
+    vectors = {name: value.clone() for name, value in discriminator.named_buffers()}
+    update_spectral_norm(discriminator)
+    assert not discriminator.training
+    moved = {name for name, value in discriminator.named_buffers() if not torch.equal(value, vectors[name])}
+    assert moved and not any("twin" in name for name in moved)
+    reference.heads[0].train()(torch.randn(2, 8, 6))  # a forward in train() iterates once
+    once = dict(reference.named_buffers())
+    assert all(torch.equal(value, once[name]) for name, value in discriminator.named_buffers() if "heads.0" in name)
+    for _ in range(3):
+        discriminator([torch.randn(2, 8, 6)], [torch.randn(2, 8, 6)])
+    assert all(torch.equal(value, once[name]) for name, value in discriminator.named_buffers() if "heads.0" in name)
 
 
 def test_the_reference_gets_no_gradient():
