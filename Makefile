@@ -2,17 +2,20 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test quality clean
+.PHONY: demo demo-sd3 test quality clean
 
-.venv/installed: requirements.txt constraints.txt demo/requirements.txt tests/requirements.txt
+.venv/installed: requirements.txt requirements-evaluate.txt constraints.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-r requirements.txt -r demo/requirements.txt -r tests/requirements.txt
+		-r requirements.txt -r requirements-evaluate.txt -r demo/requirements.txt -r tests/requirements.txt
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/python demo/demo.py
+
+demo-sd3: .venv/installed
+	$(BIN)/python demo/demo.py --family sd3
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests
@@ -20,7 +23,8 @@ test: .venv/installed
 quality: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/check_copies.py
 
 clean:
-	rm -rf .venv demo/output .pytest_cache .ruff_cache
+	rm -rf .venv demo/output demo/output-sd3 demo/assets/sd3 .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,15 +16,17 @@
     python benchmarks/memory.py                  # every model below
     python benchmarks/memory.py --model demo     # the demo's pipeline, on real tensors
     python benchmarks/memory.py --model sd15     # SD1.5's configuration, on fake tensors, which have shapes only
+    python benchmarks/memory.py --model sdxl sdxl-lora sd3 sd3-lora
 
 What is counted is the peak of live bytes in the storages that autograd keeps for its backward, parameters and buffers
 left out, each storage once. The recomputation of checkpointed parts is counted too, and so are the bfloat16 copies
 of the network's weights that autocast makes. Not counted are temporary buffers of a single operation, the allocator's
 fragmentation, and each chosen step's input and prediction, which a rollout keeps and which are as large as latents.
 
-The network has float32 weights and runs under bfloat16 autocast (norms in float32, as on CUDA); the VAE, DINOv2 and
-the discriminator run in float32, as in `train_adt_sd15.py`. The VAE decodes one image at a time, checkpointed,
-throughout, and the sampler has 8 steps. "Plain autograd" keeps K graphs, both guidance branches in one batch.
+The network has float32 weights, or frozen bfloat16 ones with float32 adapters, and runs under bfloat16 autocast (norms
+in float32, as on CUDA); the VAE, DINOv2 and the discriminator run in float32, as in the training scripts, but for the
+VAE where the title says so. It decodes one image at a time, checkpointed, throughout, and the sampler has 8 steps.
+"Plain autograd" keeps K graphs, both guidance branches in one batch.
 """
 
 import argparse
@@ -32,14 +34,26 @@ import contextlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from transformers import AutoModel, CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
+from transformers import (
+    AutoModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.initialization import no_init_weights
 
 
@@ -112,7 +126,7 @@ class SavedTensor:
 
 class CountedCheckpoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, function, *args):
+    def forward(ctx, function, trigger, *args):
         ctx.function = function
         ctx.autocast = torch.is_autocast_enabled("cpu")
         ctx.tensors = [n for n, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
@@ -121,19 +135,23 @@ class CountedCheckpoint(torch.autograd.Function):
         return function(*args)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, *gradients):
         args = list(ctx.args)
         for n, tensor in zip(ctx.tensors, ctx.saved_tensors, strict=True):
             args[n] = tensor.detach().requires_grad_(tensor.requires_grad)
         with torch.enable_grad(), bf16_autocast(ctx.autocast):
-            output = ctx.function(*args)
-        torch.autograd.backward(output, gradient)
-        return None, *(arg.grad if isinstance(arg, torch.Tensor) else None for arg in args)
+            outputs = ctx.function(*args)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [pair for pair in zip(outputs, gradients, strict=True) if None not in pair and pair[0].requires_grad]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
+        return None, None, *(arg.grad if isinstance(arg, torch.Tensor) else None for arg in args)
 
 
 def counted_checkpoint(function, *args):
-    """`torch.utils.checkpoint`, whose recomputation `SavedTensors` can see; `function` returns one tensor."""
-    return CountedCheckpoint.apply(function, *args)
+    """`torch.utils.checkpoint`, whose recomputation `SavedTensors` can see."""
+    # The trigger requires grad where the arguments do not: what trains may be inside, as adapters are.
+    return CountedCheckpoint.apply(function, torch.ones((), requires_grad=True), *args)
 
 
 class CudaNormAutocast(torch.overrides.TorchFunctionMode):
@@ -159,7 +177,7 @@ class Model:
     """What the phases need of a model family."""
 
     title: str
-    network: torch.nn.Module  # float32 weights, run under bfloat16 autocast
+    network: torch.nn.Module  # run under bfloat16 autocast
     forward: Callable  # (model_input, timestep, embeds) -> prediction
     vae: torch.nn.Module  # float32, as `features` and `discriminator`
     text_encoder: torch.nn.Module  # bfloat16
@@ -195,7 +213,7 @@ class Model:
 
 def decode(model, latents):
     def decode_one(one):
-        return model.vae.decode(one / model.vae.config.scaling_factor).sample
+        return model.vae.decode((one / model.vae.config.scaling_factor).to(model.vae.dtype)).sample.float()
 
     return torch.cat([counted_checkpoint(decode_one, one) for one in latents.split(1)])
 
@@ -319,7 +337,7 @@ def demo_model(args) -> Model:
     patch = dinov2.config.patch_size
     layers = (-1, *range(depth)) if depth < 12 else (-1, 2, 5, 8, 11)
     features = FeatureNetwork(dinov2, layers, max(side // patch, 2) * patch)
-    batch = args.train_batch_size
+    batch = args.train_batch_size or 2
     return Model(
         title=f"The demo's pipeline with its DINOv2 at {features.resolution}, {batch} images of {side}x{side}",
         network=unet,
@@ -334,29 +352,65 @@ def demo_model(args) -> Model:
     )
 
 
-def sd15_model(args) -> Model:
-    """Stable Diffusion 1.5 at 512x512 with DINOv2 ViT-S/14 at 518; call it under a `FakeTensorMode`."""
-    unet = UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
-    ).eval()
-    vae = AutoencoderKL(
+def full_size_vae(**options):
+    """SD1.5's and SDXL's, which differ in their weights alone; `options` for SD3's."""
+    return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
         sample_size=512,
+        **options,
     )
+
+
+def full_size_features():
+    """DINOv2 ViT-S/14 at 518."""
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     with no_init_weights():
-        features = FeatureNetwork(Dinov2Model(config))
+        return FeatureNetwork(Dinov2Model(config))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    """Fake modules are made in their precision: `to` cannot convert them."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def add_lora(network, target_modules=("to_q", "to_k", "to_v", "to_out.0")):
+    """Adapters of rank 32 in float32 to frozen weights."""
+
+    def convert(module, function):
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(function(parameter), parameter.requires_grad))
+        return module
+
+    network.requires_grad_(False)
+    with mock.patch("torch.nn.Module._apply", convert):  # peft calls `to` on each adapter's layer
+        network.add_adapter(LoraConfig(r=32, lora_alpha=32, target_modules=list(target_modules)))
+    for module in network.modules():
+        convert(module, lambda parameter: parameter.float() if parameter.requires_grad else parameter)
+    return network
+
+
+def sd15_model(args) -> Model:
+    """Stable Diffusion 1.5 at 512x512; call it under a `FakeTensorMode`."""
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
+    ).eval()
+    features = full_size_features()
+    with no_init_weights():
         config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
         text_encoder = AutoModel.from_config(config, dtype=torch.bfloat16)
-    batch = args.train_batch_size
+    batch = args.train_batch_size or 2
     return Model(
         title=f"Stable Diffusion 1.5 with DINOv2 ViT-S/14 at 518, {batch} images of 512x512, on fake tensors",
         network=unet,
         forward=sd_forward(unet),
-        vae=freeze(vae),
+        vae=freeze(full_size_vae()),
         text_encoder=text_encoder,
         features=features,
         discriminator=freeze(SiameseDiscriminator(features.channels, len(features.layers))),
@@ -366,13 +420,108 @@ def sd15_model(args) -> Model:
     )
 
 
+def sdxl_model(args, lora=False) -> Model:
+    """Stable Diffusion XL at 1024x1024; call it under a `FakeTensorMode`."""
+    with default_dtype(torch.bfloat16 if lora else torch.float32):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ).eval()
+    if lora:
+        add_lora(unet)
+
+    def forward(model_input, timestep, embeds):
+        rows = len(model_input)
+        added = {"text_embeds": torch.zeros(rows, 1280), "time_ids": torch.zeros(rows, 6)}
+        return unet(model_input, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
+
+    features = full_size_features()
+    with no_init_weights(), default_dtype(torch.bfloat16):
+        first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
+        second = CLIPTextConfig(
+            hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+        )
+        text_encoders = [CLIPTextModel(first), CLIPTextModelWithProjection(second)]
+    batch = args.train_batch_size or (1 if lora else 2)
+    with default_dtype(torch.bfloat16 if lora else torch.float32):
+        vae = full_size_vae()
+    return Model(
+        title=f"Stable Diffusion XL{', LoRA of rank 32, VAE in bfloat16,' if lora else ''} with DINOv2 ViT-S/14 at "
+        f"518, {batch} image{'s' * (batch > 1)} of 1024x1024, on fake tensors",
+        network=unet,
+        forward=forward,
+        vae=freeze(vae),
+        text_encoder=torch.nn.ModuleList(text_encoders),
+        features=features,
+        discriminator=freeze(SiameseDiscriminator(features.channels, len(features.layers))),
+        sampler=make_sampler(8),
+        embeds=(torch.randn(batch, 77, 2048),) * 2,
+        latents=torch.randn(batch, 4, 128, 128),
+    )
+
+
+def sd3_model(args, lora=False) -> Model:
+    """Stable Diffusion 3 medium at 1024x1024; call it under a `FakeTensorMode`. What solver it is does not matter."""
+    with default_dtype(torch.bfloat16 if lora else torch.float32):
+        transformer = SD3Transformer2DModel(
+            sample_size=128,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ).eval()
+    if lora:
+        own = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+        text = [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
+        add_lora(transformer, own + text)
+
+    def forward(model_input, timestep, embeds):
+        rows = len(model_input)
+        return transformer(model_input, embeds, torch.zeros(rows, 2048), torch.full((rows,), float(timestep))).sample
+
+    features = full_size_features()
+    with no_init_weights(), default_dtype(torch.bfloat16):
+        first = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768)
+        second = CLIPTextConfig(
+            hidden_size=1280, intermediate_size=5120, num_attention_heads=20, num_hidden_layers=32, projection_dim=1280
+        )
+        t5 = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+        text_encoders = [*map(CLIPTextModelWithProjection, (first, second)), T5EncoderModel(t5)]
+    batch = args.train_batch_size or (1 if lora else 2)
+    return Model(
+        title=f"Stable Diffusion 3 medium{', LoRA of rank 32,' if lora else ''} with DINOv2 ViT-S/14 at 518, {batch} "
+        f"image{'s' * (batch > 1)} of 1024x1024, on fake tensors",
+        network=transformer,
+        forward=forward,
+        vae=freeze(full_size_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)),
+        text_encoder=torch.nn.ModuleList(text_encoders),
+        features=features,
+        discriminator=freeze(SiameseDiscriminator(features.channels, len(features.layers))),
+        sampler=make_sampler(8),
+        embeds=(torch.randn(batch, 77 + 256, 4096),) * 2,
+        latents=torch.randn(batch, 16, 128, 128),
+    )
+
+
 def state_rows(model):
     """What stays in memory throughout: name, parameters, gradients and AdamW's two moments, in bytes."""
     rows = []
     for name, module in model.parts.items():
-        size = sum(parameter.nbytes for parameter in module.parameters())
         trains = name in ("network", "heads and predictors")
-        rows.append((name, size, size if trains else 0, 2 * size if trains else 0))
+        size = sum(parameter.nbytes for parameter in module.parameters())
+        # The discriminator is frozen for the counts, as it is while the generator is updated.
+        own = [p for p in module.parameters() if p.requires_grad or name == "heads and predictors"]
+        gradients = sum(parameter.nbytes for parameter in own) if trains else 0
+        rows.append((name, size, gradients, 2 * gradients))
     return [*rows, ("total", *(sum(row[n] for row in rows) for n in (1, 2, 3)))]
 
 
@@ -401,23 +550,31 @@ def report(model, guidance_scale) -> str:
     return f"## {model.title}\n\n{peaks}\n\n{states}\n"
 
 
-MODELS = {"demo": (demo_model, False), "sd15": (sd15_model, True)}  # builder, and whether on fake tensors
+# The builder, and whether it is called on fake tensors.
+MODELS = {
+    "demo": (demo_model, False),
+    "sd15": (sd15_model, True),
+    "sdxl": (sdxl_model, True),
+    "sdxl-lora": (partial(sdxl_model, lora=True), True),
+    "sd3": (sd3_model, True),
+    "sd3-lora": (partial(sd3_model, lora=True), True),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description="Counts the activations saved in each phase of an ADT iteration.")
-    parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
     parser.add_argument("--pipeline", default=str(ROOT / "demo/assets/pipeline"), help="The demo's pipeline.")
     parser.add_argument("--discriminator", default=str(ROOT / "demo/assets/dinov2"), help="The demo's DINOv2.")
-    parser.add_argument("--train_batch_size", type=int, default=2)
+    parser.add_argument("--train_batch_size", type=int, default=None, help="2; 1 for the full-size LoRA models.")
     parser.add_argument("--guidance_scale", type=float, default=7.0)
     args = parser.parse_args()
     print(f"`{' '.join(['python benchmarks/memory.py', *sys.argv[1:]])}`\n")
     print("Counts of saved tensors, not a GPU measurement: temporary buffers and fragmentation come on top.\n")
-    for name in MODELS if args.model == "all" else [args.model]:
+    for name in args.model:
         build, fake = MODELS[name]
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
-            print(report(build(args), args.guidance_scale))
+            print(report(build(args), args.guidance_scale), flush=True)
 
 
 if __name__ == "__main__":

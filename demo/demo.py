@@ -1,8 +1,9 @@
 """Tunes a tiny Stable Diffusion from flat shapes to shaded ones, with and without ADT, and shows what came out.
 
-    python demo/demo.py --output_dir demo/output
+    python demo/demo.py                 # SD1.5, whose base pipeline is in the repository
+    python demo/demo.py --family sd3    # SD3, whose base pipeline is trained first
 
-It runs the same `train_adt_sd15.py` that a user with a real model runs, three times:
+It runs the same training script that a user with a real model runs, three times:
 
     fine-tuned    plain fine-tuning of the base pipeline
     longer        plain fine-tuning of that result, for as many iterations as ADT gets
@@ -10,19 +11,22 @@ It runs the same `train_adt_sd15.py` that a user with a real model runs, three t
 
 and ends with `comparison.png` (rows: base, fine-tuned, fine-tuned longer, ADT, real; same prompts and seeds) and
 `results.json`: for each row a Fréchet distance to real images on features that the discriminator does not use, and the
-share of samples that show what the prompt asks for. Finished runs are kept, so that a second call goes on.
+share of samples that show all that the prompt asks for. Finished runs are kept, and stopped ones are taken up again.
+It ends with an error unless ADT's distance is clearly below the base's, and below fine-tuning longer's.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import make_image_grid
 from evaluator import load_evaluator
 from PIL import Image, ImageDraw
@@ -31,18 +35,20 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 DEMO = Path(__file__).resolve().parent
-SAMPLING = {"num_inference_steps": 10, "guidance_scale": 3.0}
+# How each family is sampled in ADT's training and for the numbers.
+SAMPLING = {
+    "sd15": {"num_inference_steps": 10, "guidance_scale": 3.0},
+    "sd3": {"num_inference_steps": 10, "guidance_scale": 3.0, "max_sequence_length": 1},
+}
 TRAINING = [
-    "--resolution", "32", "--center_crop", "--train_batch_size", "16", "--checkpointing_steps", "1000",
-    "--report_to", "tensorboard",
+    "--resolution", "32", "--center_crop", "--train_batch_size", "16", "--checkpointing_steps", "200",
+    "--checkpoints_total_limit", "1", "--report_to", "tensorboard",
 ]  # fmt: skip
-FINE_TUNING = ["--adversarial_loss_weight", "0", "--lr_warmup_steps", "50"]
+FINE_TUNING = ["--adversarial_loss_weight", "0", "--learning_rate", "3e-4", "--lr_warmup_steps", "50"]
 ADVERSARIAL = [
-    "--sampler", "ddim", "--num_inference_steps", str(SAMPLING["num_inference_steps"]),
-    "--guidance_scale", str(SAMPLING["guidance_scale"]),
     "--learning_rate", "5e-5", "--lr_warmup_steps", "10",
     "--adversarial_loss_weight", "auto",
-    "--generator_start_step", "150", "--generator_update_interval", "5",
+    "--generator_start_step", "150", "--generator_update_interval", "2",
     "--discriminator_learning_rate", "2e-3", "--discriminator_lr_warmup_steps", "20",
     "--discriminator_layers", "-1", "1", "3", "5", "--discriminator_resolution", "32",
     "--augmentation_policy",
@@ -51,29 +57,44 @@ ADVERSARIAL = [
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=DEMO / "output")
+    parser.add_argument("--family", choices=SAMPLING, default="sd15")
+    parser.add_argument("--output_dir", type=Path, default=None, help="output, or output-sd3, beside this file.")
     parser.add_argument("--assets", type=Path, default=DEMO / "assets", help="What make_assets.py wrote.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fine_tuning_steps", type=int, default=400, help="Iterations of plain fine-tuning.")
-    parser.add_argument("--adt_steps", type=int, default=500, help="Iterations of ADT, and of fine-tuning longer.")
-    parser.add_argument("--num_samples", type=int, default=1000, help="Images for each number.")
-    return parser.parse_args()
+    parser.add_argument("--fine_tuning_steps", type=int, default=600, help="Iterations of plain fine-tuning.")
+    parser.add_argument("--adt_steps", type=int, default=400, help="Iterations of ADT, and of fine-tuning longer.")
+    parser.add_argument("--num_samples", type=int, default=500, help="Images for each number.")
+    args = parser.parse_args()
+    if args.output_dir is None:
+        args.output_dir = DEMO / ("output" if args.family == "sd15" else f"output-{args.family}")
+    return args
 
 
 def tune(name, base, steps, options, args):
-    """Runs the training script unless its result is there. Returns the tuned pipeline's folder."""
+    """Runs the training script unless the same command's result is there. Returns the tuned pipeline's folder."""
     output = args.output_dir / name
-    if (output / "model_index.json").is_file():
-        print(f"{output} is there.", flush=True)
-        return output
     command = [
         "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "train_adt_sd15.py", "--pretrained_model_name_or_path", base,
+        "--dynamo_backend", "no", f"train_adt_{args.family}.py", "--pretrained_model_name_or_path", base,
         "--train_data_dir", args.output_dir / "data", "--output_dir", output, "--max_train_steps", steps,
         "--seed", args.seed, "--discriminator_model_name_or_path", args.assets / "dinov2",
         "--resume_from_checkpoint", "latest", *TRAINING, *options,
+        *(word for name, value in SAMPLING[args.family].items() for word in (f"--{name}", value)),
     ]  # fmt: skip
     command = [str(word) for word in command]
+    # A result is this command's on these weights only.
+    digest = hashlib.sha256()
+    for file in sorted(base.glob("*/*.safetensors")):
+        digest.update(file.read_bytes())
+    record, text = output / "command.txt", f"{shlex.join(command)}\n# base {digest.hexdigest()}\n"
+    if record.is_file() and record.read_text() == text:
+        if (output / "model_index.json").is_file():
+            print(f"{output} is there.", flush=True)
+            return output
+    else:
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        record.write_text(text)
     print(f"\n== {name}\n{shlex.join(command)}", flush=True)
     launcher = [str(Path(sys.executable).parent / command[0])] + command[1:]
     subprocess.run(launcher, check=True, cwd=DEMO.parent)
@@ -81,19 +102,18 @@ def tune(name, base, steps, options, args):
 
 
 @torch.no_grad()
-def sample(path, captions, seed):
+def sample(path, family, captions, seed):
     """Images (N, 3, 32, 32) in [0, 1], one for each caption; the same noise for every pipeline."""
-    pipeline = DiffusionPipeline.from_pretrained(path)
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
+    pipeline = DiffusionPipeline.from_pretrained(path, **absent)
     pipeline.set_progress_bar_config(disable=True)
-    if "DDIM" not in type(pipeline.scheduler).__name__:  # the base's
-        from diffusers import DDIMScheduler
-
+    if family == "sd15" and not isinstance(pipeline.scheduler, DDIMScheduler):  # the base's
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
         )
     generator = torch.Generator().manual_seed(seed)
     images = [
-        pipeline(captions[first : first + 100], generator=generator, output_type="pt", **SAMPLING).images
+        pipeline(captions[first : first + 100], generator=generator, output_type="pt", **SAMPLING[family]).images
         for first in range(0, len(captions), 100)
     ]
     return torch.cat(images).float()
@@ -114,18 +134,18 @@ class StandardisedFeatures(torch.nn.Module):
 
 
 def measure(images, attributes, real, evaluator):
-    """The Fréchet distance of `images` to `real`, and the share of them that show each attribute of their prompt."""
+    """The Fréchet distance of `images` to `real`, and the share of them that show all that their prompt asks for."""
     distance = FrechetInceptionDistance(
         StandardisedFeatures(evaluator, real), normalize=True, input_img_size=(3, 32, 32)
     )
     distance.update(real, real=True)
     distance.update(images, real=False)
     logits = evaluator.logits(images)
-    followed = {
-        name: (logits[name].argmax(1) == torch.from_numpy(attributes[name])).float().mean().item()
-        for name in ATTRIBUTES
+    followed = [logits[name].argmax(1) == torch.from_numpy(attributes[name]) for name in ATTRIBUTES]
+    return {
+        "frechet_distance": distance.compute().item(),
+        "prompt_followed": torch.stack(followed).all(0).float().mean().item(),
     }
-    return {"frechet_distance": distance.compute().item(), "prompt_followed": sum(followed.values()) / len(followed)}
 
 
 def draw_comparison(rows, results, path):
@@ -135,7 +155,7 @@ def draw_comparison(rows, results, path):
     for name, pixels in rows.items():
         text = name
         if name in results:
-            text += f"\nFréchet distance {results[name]['frechet_distance']:.2f}"
+            text += f"\nFrechet distance {results[name]['frechet_distance']:.2f}"
             text += f"\nprompt followed {results[name]['prompt_followed']:.0%}"
         cell = Image.new("RGB", (label, size), "white")
         ImageDraw.Draw(cell).multiline_text((8, 24), text, fill="black", font_size=16)
@@ -158,9 +178,12 @@ def main():
     if not (args.output_dir / "data").is_dir():
         write_imagefolder(args.output_dir / "data", "shaded", 2000, seed=1)
 
-    base = args.assets / "pipeline"
-    fine_tuned = tune("fine-tuned", base, args.fine_tuning_steps, FINE_TUNING + ["--learning_rate", "3e-4"], args)
-    longer = tune("longer", fine_tuned, args.adt_steps, FINE_TUNING + ["--learning_rate", "5e-5"], args)
+    base = args.assets / ("pipeline" if args.family == "sd15" else args.family)
+    if not (base / "model_index.json").is_file():
+        command = [sys.executable, DEMO / "make_assets.py", "--only", args.family, "--output_dir", args.assets]
+        subprocess.run(command, check=True)
+    fine_tuned = tune("fine-tuned", base, args.fine_tuning_steps, FINE_TUNING, args)
+    longer = tune("longer", fine_tuned, args.adt_steps, FINE_TUNING, args)
     adt = tune("adt", fine_tuned, args.adt_steps, ADVERSARIAL, args)
 
     real, captions, attributes = draw("shaded", args.num_samples, seed=2)
@@ -169,7 +192,7 @@ def main():
     evaluator = load_evaluator(args.assets / "evaluator" / "model.safetensors")
     rows, results = {}, {}
     for name, path in {"base": base, "fine-tuned": fine_tuned, "fine-tuned longer": longer, "ADT": adt}.items():
-        rows[name] = sample(path, captions, seed=4)
+        rows[name] = sample(path, args.family, captions, seed=4)
         results[name] = measure(rows[name], attributes, real, evaluator)
     rows["real"] = torch.from_numpy(other).permute(0, 3, 1, 2) / 255
     results["real"] = measure(real, attributes, rows["real"], evaluator)
@@ -181,6 +204,9 @@ def main():
     for name, values in results.items():
         print(f"{name:20}{values['frechet_distance']:18.3f}{values['prompt_followed']:18.1%}")
     print(f"\n{args.output_dir / 'comparison.png'}, {(time.time() - started) / 60:.1f} minutes")
+    distances = {name: values["frechet_distance"] for name, values in results.items()}
+    if not distances["ADT"] < min(0.8 * distances["base"], distances["fine-tuned longer"]):
+        sys.exit("error: ADT's distance is not clearly below the base's and below fine-tuning longer's.")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,71 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local; a name that is not fails at once
 
+from dataclasses import dataclass  # noqa: E402
+from types import ModuleType  # noqa: E402
+from typing import Callable  # noqa: E402
+
 import pytest  # noqa: E402
 import tiny  # noqa: E402
-import torch
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
+import train_adt_sd3  # noqa: E402
+import train_adt_sd15  # noqa: E402
+import train_adt_sdxl  # noqa: E402
 
 
 # The models are so small that threads wait for each other longer than they compute.
 torch.set_num_threads(1)
 
 
+@dataclass
+class Family:
+    """A model family: its script, and what makes a tiny pipeline of its real classes, whose images are 16x16."""
+
+    name: str
+    train: ModuleType
+    make: Callable
+    network: str  # the trained component
+    options: tuple = ()
+
+
+FAMILIES = {
+    "sd15": Family("sd15", train_adt_sd15, tiny.make_sd15, "unet"),
+    "sdxl": Family("sdxl", train_adt_sdxl, tiny.make_sdxl, "unet"),
+    "sd3": Family("sd3", train_adt_sd3, tiny.make_sd3, "transformer", ("--max_sequence_length", "16")),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
 @pytest.fixture(scope="session")
-def sd15_path(tmp_path_factory):
-    """A tiny SD1.5 pipeline, saved; its images are 16x16."""
-    return tiny.make_sd15(tmp_path_factory.mktemp("sd15"))
+def base_paths(tmp_path_factory):
+    return {name: family.make(tmp_path_factory.mktemp(name)) for name, family in FAMILIES.items()}
+
+
+@pytest.fixture
+def base_path(base_paths, family):
+    """The family's tiny pipeline, saved."""
+    return base_paths[family.name]
+
+
+@pytest.fixture(scope="session")
+def sd15_path(base_paths):
+    return base_paths["sd15"]
+
+
+@pytest.fixture(scope="session")
+def sdxl_path(base_paths):
+    return base_paths["sdxl"]
+
+
+@pytest.fixture(scope="session")
+def sd3_path(base_paths):
+    return base_paths["sd3"]
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +80,42 @@ def dinov2_path(tmp_path_factory):
 def dataset_path(tmp_path_factory):
     """An imagefolder of 8 captioned images of various sizes."""
     return tiny.make_imagefolder(tmp_path_factory.mktemp("dataset"))
+
+
+def reset_accelerate():
+    """Accelerate keeps its state for the life of a process: start each run as a new process would."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    reset_accelerate()
+
+
+@pytest.fixture
+def options(family, base_path, dinov2_path, dataset_path, tmp_path):
+    """Options of a short run in which both networks visibly move; later ones override earlier ones."""
+
+    def make(*more, output_dir="out"):
+        return [
+            "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
+            "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", "-1", "1", "3",
+            "--discriminator_resolution", "16", "--resolution", "16", "--train_batch_size", "2",
+            "--max_train_steps", "4", "--generator_update_interval", "2", "--num_inference_steps", "4",
+            "--num_gradient_steps", "2", "--learning_rate", "1e-3", "--discriminator_learning_rate", "1e-3",
+            "--lr_warmup_steps", "0", "--discriminator_lr_warmup_steps", "0", "--checkpointing_steps", "100",
+            "--guidance_scale", "7", *family.options, "--output_dir", str(tmp_path / output_dir), *map(str, more),
+        ]  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def run(options, family, tmp_path):
+    def run(*more, output_dir="out"):
+        reset_accelerate()
+        family.train.main(family.train.parse_args(options(*more, output_dir=output_dir)))
+        return tmp_path / output_dir
+
+    return run

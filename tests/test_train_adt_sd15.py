@@ -1,14 +1,15 @@
-"""The SD1.5 script, run in this process by `main(parse_args(...))` on tiny models of the real classes."""
+"""The SD1.5 script, run in this process by `main(parse_args(...))` on tiny models of the real classes.
+
+What is the same in all scripts is tested here; `test_families.py` has what every script must show for itself.
+"""
 
 import json
 import logging
-import os
+import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import datasets
 import pytest
 import tiny
 import torch
-import two_processes
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.optimizer import AcceleratedOptimizer
+from conftest import FAMILIES
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -26,134 +27,23 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from helpers import equal, read_network, read_scalars
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_adt_sd15 as train
+from adt_utils import update_spectral_norm
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMING = {"seconds_per_iteration", "images_per_second", "peak_memory_gb"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """Accelerate keeps its state for the life of a process: start each test as a new one would."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
-def options(sd15_path, dinov2_path, dataset_path, tmp_path):
-    """Options of a short run in which both networks visibly move; later ones override earlier ones."""
-
-    def make(*more, output_dir="out"):
-        return [
-            "--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path,
-            "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", "-1", "1", "3",
-            "--discriminator_resolution", "16", "--resolution", "16", "--train_batch_size", "2",
-            "--max_train_steps", "4", "--generator_update_interval", "2", "--num_inference_steps", "4",
-            "--num_gradient_steps", "2", "--learning_rate", "1e-3", "--discriminator_learning_rate", "1e-3",
-            "--lr_warmup_steps", "0", "--discriminator_lr_warmup_steps", "0", "--checkpointing_steps", "100",
-            "--output_dir", str(tmp_path / output_dir), *map(str, more),
-        ]  # fmt: skip
-
-    return make
-
-
-@pytest.fixture
-def run(options, tmp_path):
-    def run(*more, output_dir="out"):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        train.main(train.parse_args(options(*more, output_dir=output_dir)))
-        return tmp_path / output_dir
-
-    return run
-
-
-def read_scalars(output_dir, project="adt-sd15", logging_dir="logs"):
-    """{tag: {step: value}} as TensorBoard recorded them, without timings."""
-    events = EventAccumulator(str(Path(output_dir, logging_dir, project)))
-    events.Reload()
-    return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-        if tag not in TIMING
-    }
-
-
-def read_unet(directory, subfolder="unet"):
-    return load_file(Path(directory, subfolder, "diffusion_pytorch_model.safetensors"))
-
-
-def equal(first, second):
-    """Bitwise equality of nested containers of tensors."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second
-
-
-def relative(first, second):
-    return ((first - second).norm() / second.norm()).item()
-
-
-def checkpoint_state(directory):
-    """Everything in a checkpoint that training continues from."""
-    state = {str(file.relative_to(directory)): load_file(file) for file in Path(directory).rglob("*.safetensors")}
-    for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        state[name] = torch.load(Path(directory, name), weights_only=False)
-    return state
+def family():
+    return FAMILIES["sd15"]
 
 
 # The main job
-
-
-def test_writes_a_pipeline_that_loads(run, sd15_path):
-    output = run("--validation_prompts", "a red disc", "--num_validation_images", 2, "--validation_steps", 2)
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        assert (output / name).is_dir()
-    pipeline = DiffusionPipeline.from_pretrained(output, safety_checker=None)
-    assert isinstance(pipeline, StableDiffusionPipeline)
-    assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert pipeline.scheduler.config.clip_sample is False
-    assert pipeline.scheduler.config.timestep_spacing == "leading"
-    image = pipeline("a red disc", num_inference_steps=4, output_type="np").images
-    assert image.shape == (1, 16, 16, 3) and torch.from_numpy(image).isfinite().all()
-
-    base, tuned = read_unet(sd15_path), read_unet(output)
-    assert all(not torch.equal(base[name], tuned[name]) for name in base if name.endswith("weight"))
-    for name in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
-        assert equal(load_file(Path(sd15_path, name)), load_file(output / name)), name
-
-    grids = sorted(path.name for path in (output / "validation").iterdir())
-    assert grids == ["iteration-000002-prompt-0.png", "iteration-000004-prompt-0.png"]
-    assert Image.open(output / "validation" / grids[0]).size == (32, 32)
-
-
-def test_validation_puts_base_above_tuned(run, sd15_path):
-    prompts = ("--validation_prompts", "a red disc", "a blue square", "--num_validation_images", 2)
-    output = run(*prompts, "--learning_rate", "1e-30", output_dir="still")
-    for n in range(2):
-        grid = Image.open(output / "validation" / f"iteration-000004-prompt-{n}.png")
-        top, bottom = grid.crop((0, 0, 32, 16)), grid.crop((0, 16, 32, 32))
-        assert top.tobytes() == bottom.tobytes()
-    moved = run(*prompts, "--learning_rate", "1e-2", output_dir="moved")
-    grid = Image.open(moved / "validation" / "iteration-000004-prompt-0.png")
-    assert grid.crop((0, 0, 32, 16)).tobytes() != grid.crop((0, 16, 32, 32)).tobytes()
-    # The base row is what the base pipeline gives, by hand.
-    pipeline = StableDiffusionPipeline.from_pretrained(sd15_path, safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(
-        pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
-    )
-    generator = train.make_generator(0, "validation", 0, 0)
-    image = pipeline("a red disc", num_inference_steps=4, guidance_scale=7.0, generator=generator).images[0]
-    assert grid.crop((0, 0, 16, 16)).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -172,15 +62,6 @@ def test_every_sampler_trains_and_is_saved(run, sampler, scheduler_class, spacin
     assert scheduler.config.prediction_type == "epsilon"
 
 
-def test_zero_snr_v_prediction(run, tmp_path):
-    path = tiny.make_sd15(tmp_path / "zero", prediction_type="v_prediction", zero_snr=True)
-    output = run("--pretrained_model_name_or_path", path, "--guidance_rescale", 0.7)
-    scheduler = DiffusionPipeline.from_pretrained(output, safety_checker=None).scheduler
-    assert scheduler.config.timestep_spacing == "trailing" and scheduler.config.rescale_betas_zero_snr
-    assert scheduler.config.prediction_type == "v_prediction"
-    assert "guidance_rescale=0.7" in (output / "README.md").read_text()
-
-
 def test_logs_what_the_issue_names(run):
     scalars = read_scalars(run())
     every, generator = {1, 2, 3, 4}, {2, 4}
@@ -193,142 +74,14 @@ def test_logs_what_the_issue_names(run):
     )
 
 
-# 5. Phases
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """Records, around each update, which network's weights and buffers changed and what gradients it left."""
-    seen = []
-
-    def state(module):
-        return {name: value.clone() for name, value in module.state_dict().items()}
-
-    def watch(name):
-        original = getattr(train, name)
-
-        def wrapper(batches, *args):
-            unet = next(arg for arg in args if isinstance(arg, UNet2DConditionModel)) if "generator" in name else None
-            discriminator = next(arg for arg in args if isinstance(arg, train.SiameseDiscriminator))
-            modules = {"discriminator": discriminator, "unet": unet or watch.unet}
-            watch.unet = modules["unet"]
-            before = {key: state(module) for key, module in modules.items()}
-            result = original(batches, *args)
-            seen.append(
-                {
-                    "phase": name,
-                    "changed": {key for key, module in modules.items() if not equal(before[key], state(module))},
-                    "gradients": {
-                        key
-                        for key, module in modules.items()
-                        if any(parameter.grad is not None for parameter in module.parameters())
-                    },
-                    "trainable": {parameter for parameter in discriminator.parameters() if parameter.requires_grad},
-                }
-            )
-            return result
-
-        monkeypatch.setattr(train, name, wrapper)
-
-    # The generator is not an argument of the discriminator's update: take it from where it is loaded.
-    original_load = UNet2DConditionModel.from_pretrained
-
-    def load(*args, **kwargs):
-        watch.unet = original_load(*args, **kwargs)
-        return watch.unet
-
-    monkeypatch.setattr(train.UNet2DConditionModel, "from_pretrained", load)
-    watch("update_discriminator")
-    watch("update_generator")
-    return seen
-
-
-def test_each_network_changes_in_its_own_phase_only(run, watched):
-    run("--discriminator_learning_rate", 1e-2)
-    assert [entry["phase"] for entry in watched] == ["update_discriminator"] * 2 + ["update_generator"] + [
-        "update_discriminator"
-    ] * 2 + ["update_generator"]
-    for entry in watched:
-        own = "unet" if entry["phase"] == "update_generator" else "discriminator"
-        assert entry["changed"] == {own}  # spectral-norm vectors and twin heads are in the state, too
-        assert entry["gradients"] == set()
-        assert entry["trainable"]
-
-
-def test_first_iterations_do_not_touch_the_generator(run, watched, sd15_path):
-    output = run("--generator_start_step", 4, "--max_train_steps", 4)
-    assert [entry["phase"] for entry in watched] == ["update_discriminator"] * 4
-    assert equal(read_unet(sd15_path), read_unet(output))
-
-
-def test_gradients_leak_into_no_other_network(run, monkeypatch):
-    """The gradients when an optimizer steps are its own network's alone."""
-    networks, leaks = [], []
-    original = train.apply_update
-
-    def check(model, *others):
-        if not any(model is network for network in networks):
-            networks.append(model)
-        for network in networks:
-            has = [parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad]
-            leaks.append(any(has) if network is not model else not all(has))
-        original(model, *others)
-
-    monkeypatch.setattr(train, "apply_update", check)
-    run()
-    assert len(networks) == 2 and leaks and not any(leaks)
-
-
 # 6. Resuming
-
-
-@pytest.mark.parametrize("more", [("--use_ema",), ("--adversarial_loss_weight", "auto", "--sampler", "dpmsolver++")])
-def test_resumed_run_equals_uninterrupted_run(run, more):
-    full = run(*more, "--max_train_steps", 4, "--checkpointing_steps", 4, output_dir="full")
-    half = run(*more, "--max_train_steps", 2, "--checkpointing_steps", 2, output_dir="half")
-    moved = checkpoint_state(half / "checkpoint-2")
-    resumed = run(
-        *more, "--max_train_steps", 4, "--checkpointing_steps", 4, "--resume_from_checkpoint", "latest",
-        output_dir="half",
-    )  # fmt: skip
-    assert equal(checkpoint_state(full / "checkpoint-4"), checkpoint_state(resumed / "checkpoint-4"))
-    assert not equal(moved, checkpoint_state(resumed / "checkpoint-4"))
-    assert equal(read_unet(full), read_unet(resumed))
-    assert read_scalars(full) == read_scalars(resumed)
-    names = {"unet/diffusion_pytorch_model.safetensors", "discriminator.safetensors"}
-    assert names <= set(moved) and ("unet_ema/diffusion_pytorch_model.safetensors" in moved) == ("--use_ema" in more)
-    assert any("twin_heads" in name for name in moved["discriminator.safetensors"])
-
-
-def test_killed_run_goes_on_from_its_last_checkpoint(run, options, tmp_path):
-    arguments = options("--max_train_steps", 40, "--checkpointing_steps", 2, output_dir="killed")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train_adt_sd15.py", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )
-    killed = tmp_path / "killed"
-    deadline = time.time() + 120
-    while not (killed / "checkpoint-2").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (checkpoint,) = train.list_checkpoints(killed)[-1:]
-    last = int(checkpoint.name.split("-")[1])
-    steps = ("--max_train_steps", last + 2, "--checkpointing_steps", last + 2)
-    run(*steps, "--resume_from_checkpoint", "latest", output_dir="killed")
-    straight = run(*steps, output_dir="straight")
-    assert equal(read_unet(straight), read_unet(killed))
-    name = f"checkpoint-{last + 2}"
-    assert equal(checkpoint_state(straight / name), checkpoint_state(killed / name))
 
 
 def test_resuming_a_finished_run_ends_cleanly(run):
     output = run("--checkpointing_steps", 4, "--validation_prompts", "a red disc")
-    before = read_unet(output)
+    before = read_network(output)
     again = run("--checkpointing_steps", 4, "--validation_prompts", "a red disc", "--resume_from_checkpoint", "latest")
-    assert equal(before, read_unet(again))
+    assert equal(before, read_network(again))
 
 
 def test_latest_without_checkpoints_starts_anew(run):
@@ -337,48 +90,6 @@ def test_latest_without_checkpoints_starts_anew(run):
 
 
 # 7. Several processes and micro-batches
-
-
-@pytest.mark.parametrize("more", [(), ("--adversarial_loss_weight", "0"), ("--adversarial_loss_weight", "auto")])
-def test_processes_and_micro_batches_give_the_same_run(options, tmp_path, more):
-    common = ("--discriminator_norm_group", 2, "--max_train_steps", 4, "--random_flip", "--noise_offset", 0.1,
-              "--proportion_empty_prompts", 0.3, "--learning_rate", 2e-4, "--discriminator_learning_rate", 2e-4,
-              *more)  # fmt: skip
-    pair = options(*common, "--train_batch_size", 2, output_dir="pair")
-    torchrun = Path(sys.executable).parent / "torchrun"
-    subprocess.run(
-        [torchrun, "--standalone", "--nproc_per_node", "2", ROOT / "tests" / "two_processes.py",
-         tmp_path / "record-pair", *pair],
-        check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300,
-    )  # fmt: skip
-    ranks = [torch.load(tmp_path / "record-pair" / f"rank-{rank}.pt") for rank in range(2)]
-    assert equal(ranks[0]["weights"], ranks[1]["weights"])
-    assert ranks[0]["start_indices"] == ranks[1]["start_indices"]
-
-    records = {"pair": ranks[0]}
-    for name, sizes in {
-        "one": ("--train_batch_size", 4),
-        "micro": ("--train_batch_size", 2, "--gradient_accumulation_steps", 2),
-    }.items():
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        two_processes.record(tmp_path / f"record-{name}", options(*common, *sizes, output_dir=name))
-        records[name] = torch.load(tmp_path / f"record-{name}" / "rank-0.pt")
-    one = read_scalars(tmp_path / "one")
-    for name in ("pair", "micro"):
-        for gradient, expected in zip(records[name]["gradients"], records["one"]["gradients"], strict=True):
-            assert relative(gradient, expected) < 1e-4, name
-        other = read_scalars(tmp_path / name)
-        assert other.keys() == one.keys()
-        for tag, values in one.items():
-            # A score can be near zero by chance: what a relative error means there is set by the scores' range.
-            floor = 1e-5 if "score" in tag or tag == "generator_loss" else 1e-12
-            assert other[tag] == pytest.approx(values, rel=1e-4, abs=floor), (name, tag)
-    assert set(records["micro"]["start_indices"]) == set(records["one"]["start_indices"])
-    base, tuned = (
-        torch.cat([value.flatten() for value in read_unet(path).values()]) for path in (options()[1], tmp_path / "one")
-    )
-    assert relative(tuned, base) > 1e-3
 
 
 def test_start_index_is_uniform_and_depends_on_the_iteration_alone(run, monkeypatch):
@@ -434,21 +145,14 @@ def test_checkpoints_total_limit_keeps_the_newest(run):
     assert names == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
 
 
-def test_intermediate_checkpoint_loads_in_a_pipeline(run, sd15_path):
-    output = run("--checkpointing_steps", 2, "--use_ema", "--ema_decay", 0.5)
-    for subfolder in ("unet", "unet_ema"):
-        unet = UNet2DConditionModel.from_pretrained(output / "checkpoint-2", subfolder=subfolder)
-        pipeline = DiffusionPipeline.from_pretrained(sd15_path, unet=unet, safety_checker=None)
-        assert pipeline("a red disc", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
-    checkpoint = output / "checkpoint-4"
-    assert {path.suffix for path in checkpoint.rglob("*") if "unet" in str(path)} == {"", ".json", ".safetensors"}
-    # The averaged weights are what is saved at the end: after the second update, half of each.
-    ema, unet = read_unet(checkpoint, "unet_ema"), read_unet(checkpoint)
-    first = read_unet(output / "checkpoint-2")
-    assert equal(read_unet(output), ema) and not equal(ema, unet)
-    decay = 2 / 11  # diffusers' EMAModel warms up: min(decay, (1 + step) / (10 + step)) at its second step, step 1
-    for name in unet:
-        assert torch.allclose(ema[name], decay * first[name] + (1 - decay) * unet[name], atol=1e-6)
+def test_checkpoints_total_limit_never_deletes_the_one_just_written(run):
+    output = run("--checkpointing_steps", 2)
+    (output / "checkpoint-4" / "optimizer.bin").write_bytes(b"")
+    run(
+        "--checkpointing_steps", 1, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-2",
+        "--checkpoints_total_limit", 1,
+    )  # fmt: skip
+    assert [path.name for path in train.list_checkpoints(output)] == ["checkpoint-3"]
 
 
 # 9. Plain fine-tuning
@@ -464,7 +168,7 @@ def test_weight_zero_is_plain_fine_tuning(run, options, tmp_path, prediction_typ
         output = run(*more)
     assert any("are ignored" in message for message in caplog.messages)
     scalars = read_scalars(output)
-    assert set(scalars) == {"diffusion_loss", "lr"}
+    assert set(scalars) == {"diffusion_loss", "diffusion_gradient_norm", "lr"}
     losses = scalars["diffusion_loss"]
     assert not list(output.rglob("discriminator*"))
 
@@ -492,27 +196,34 @@ def test_weight_zero_is_plain_fine_tuning(run, options, tmp_path, prediction_typ
         target = noise if prediction_type == "epsilon" else schedule.get_velocity(latents, noise, timesteps)
         loss = torch.nn.functional.mse_loss(pipeline.unet.train()(noisy, timesteps, embeds).sample, target)
         assert losses[iteration + 1] == pytest.approx(loss.item(), rel=1e-5)
+        norm = 2 / target.numel() * (loss.item() * target.numel()) ** 0.5  # of the loss's gradient at the prediction
+        assert scalars["diffusion_gradient_norm"][iteration + 1] == pytest.approx(norm, rel=1e-5)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(pipeline.unet.parameters(), 1.0)
         optimizer.step()
     for name, value in pipeline.unet.state_dict().items():
-        assert torch.allclose(value, read_unet(output)[name], atol=1e-5)
+        assert torch.allclose(value, read_network(output)[name], atol=1e-5)
 
 
-def test_diffusion_loss_weights():
+def test_diffusion_loss_weights(monkeypatch):
     """Min-SNR weights by hand: gamma 5 at SNR 9 and 1, for noise and for velocity."""
-    latents, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 3.0)
+    batch = {"latents": torch.full((2, 1, 1, 1), 2.0), "loss_noise": torch.full((2, 1, 1, 1), 3.0)}
+    batch["conditions"] = {"loss": None}
     alpha = torch.tensor([0.9, 0.5]).sqrt().view(2, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
-    unet = lambda sample, timesteps, encoder_hidden_states: types.SimpleNamespace(sample=torch.zeros(2, 1, 1, 1))  # noqa: E731
-    arguments = (unet, latents, noise, None, alpha, sigma, None)
-    assert train.diffusion_loss(*arguments, "epsilon")[0].item() == pytest.approx(9.0)
-    assert train.diffusion_loss(*arguments, "epsilon", 5.0)[0].item() == pytest.approx((9 * 5 / 9 + 9) / 2)
+    monkeypatch.setattr(train, "call_unet", lambda *arguments: torch.zeros(2, 1, 1, 1))
+
+    def loss(prediction_type, snr_gamma=None):
+        scheduler = train.DDPMScheduler(prediction_type=prediction_type)
+        args = types.SimpleNamespace(snr_gamma=snr_gamma)
+        return train.diffusion_loss(None, batch, None, alpha, sigma, scheduler, args)[0].item()
+
+    assert loss("epsilon") == pytest.approx(9.0)
+    assert loss("epsilon", 5.0) == pytest.approx((9 * 5 / 9 + 9) / 2)
     velocity = ((alpha * 3 - sigma * 2) ** 2).flatten().tolist()
-    assert train.diffusion_loss(*arguments, "v_prediction")[0].item() == pytest.approx(sum(velocity) / 2)
-    expected = (velocity[0] * 5 / 10 + velocity[1] * 1 / 2) / 2
-    assert train.diffusion_loss(*arguments, "v_prediction", 5.0)[0].item() == pytest.approx(expected)
+    assert loss("v_prediction") == pytest.approx(sum(velocity) / 2)
+    assert loss("v_prediction", 5.0) == pytest.approx((velocity[0] * 5 / 10 + velocity[1] * 1 / 2) / 2)
 
 
 def test_generator_warm_up_counts_generator_updates(run):
@@ -556,7 +267,8 @@ CHANGES = [
     ("--discriminator_learning_rate", 1e-4), ("--discriminator_lr_warmup_steps", 10), ("--augmentation_policy",),
     ("--augmentation_policy", "color"), ("--augmentation_pairing", "shared"), ("--augmentation_pairing", "input"),
     ("--train_batch_size", 1), ("--gradient_accumulation_steps", 2), ("--mixed_precision", "bf16"),
-    ("--num_train_epochs", 1, "--max_train_steps", 3), ("--resolution", 8, "--discriminator_resolution", 8),
+    ("--use_lora", "--rank", 2), ("--num_train_epochs", 1, "--max_train_steps", 3),
+    ("--resolution", 8, "--discriminator_resolution", 8),
 ]  # fmt: skip
 KEEPS = [
     ("--gradient_checkpointing",), ("--dataloader_num_workers", 1), ("--allow_tf32",),
@@ -568,14 +280,16 @@ ELSEWHERE = {
     "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "cache_dir",
     "output_dir", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
-    "num_validation_images", "validation_steps", "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "num_validation_images", "validation_steps",
+    "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token",
 }  # fmt: skip
 
 
 def fingerprint(output):
     """What a run computed: its weights and everything that it logged."""
-    return read_unet(output), read_scalars(output)
+    weights = {} if (output / "pytorch_lora_weights.safetensors").exists() else read_network(output)
+    return weights, read_scalars(output)
 
 
 @pytest.fixture(scope="module")
@@ -620,8 +334,8 @@ def test_scheduler_options(run, kind, more):
 
 def test_ema_decay(run):
     common = ("--use_ema", "--generator_update_interval", 1, "--max_train_steps", 4)
-    low = read_unet(run(*common, "--ema_decay", 0.1, output_dir="low"))
-    assert not equal(low, read_unet(run(*common, "--ema_decay", 0.9)))
+    low = read_network(run(*common, "--ema_decay", 0.1, output_dir="low"))
+    assert not equal(low, read_network(run(*common, "--ema_decay", 0.9)))
 
 
 def test_num_train_epochs(run, options, monkeypatch):
@@ -636,10 +350,30 @@ def test_num_train_epochs(run, options, monkeypatch):
 
 def test_mixed_precision_keeps_float32_weights(run):
     plain, mixed = run(output_dir="plain"), run("--mixed_precision", "bf16", output_dir="mixed")
-    assert {value.dtype for value in read_unet(mixed).values()} == {torch.float32}
+    assert {value.dtype for value in read_network(mixed).values()} == {torch.float32}
     first, second = read_scalars(plain), read_scalars(mixed)
     assert second["diffusion_loss"][2] == pytest.approx(first["diffusion_loss"][2], rel=0.05)
     assert second["diffusion_loss"] != first["diffusion_loss"]
+
+
+def test_mixed_precision_of_latents_and_records(run, monkeypatch):
+    seen = []
+    original = StableDiffusionPipeline.prepare_latents
+
+    def prepare_latents(*args, **kwargs):
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", prepare_latents)
+    bf16 = ("--mixed_precision", "bf16", "--checkpointing_steps", 4)
+    output = run("--validation_prompts", "a red disc", *bf16)
+    assert seen and {latents.dtype for latents in seen} == {torch.float32}
+    facts = json.loads((output / "adt_config.json").read_text())
+    assert (facts["mixed_precision"], facts["global_batch_size"], facts["num_processes"]) == ("bf16", 2, 1)
+    with pytest.raises(train.ADTError, match=r"mixed_precision bf16 \(now no\)"):
+        run("--resume_from_checkpoint", "latest")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` says it
+    run("--resume_from_checkpoint", "latest")
 
 
 def test_eight_bit_adam(run, monkeypatch):
@@ -669,35 +403,6 @@ def test_other_vae_is_used_and_saved(run, tmp_path, sd15_path):
     assert not equal(load_file(output / "vae" / file), load_file(Path(sd15_path, "vae", file)))
 
 
-def test_variant(run, tmp_path, sd15_path):
-    pipeline = StableDiffusionPipeline.from_pretrained(sd15_path, safety_checker=None)
-    pipeline.save_pretrained(tmp_path / "base", variant="fp16")
-    output = run("--pretrained_model_name_or_path", tmp_path / "base", "--variant", "fp16")
-    plain = run(output_dir="plain")
-    assert equal(read_unet(output), read_unet(plain))
-    with pytest.raises(OSError):
-        run("--pretrained_model_name_or_path", tmp_path / "base")
-
-
-def test_revision_and_cache_dir_reach_every_download(run, monkeypatch, tmp_path, sd15_path):
-    seen = {}
-    for cls in (train.CLIPTokenizer, train.CLIPTextModel, train.AutoencoderKL, train.UNet2DConditionModel,
-                train.StableDiffusionPipeline, train.Dinov2Model):  # fmt: skip
-        original = cls.from_pretrained
-
-        def load(path, *args, original=original, cls=cls, **kwargs):
-            seen.setdefault(cls.__name__, kwargs)  # the pipeline's own loading of its parts comes last
-            return original(path, *args, **kwargs)
-
-        monkeypatch.setattr(cls, "from_pretrained", load)
-    run("--revision", "abc", "--cache_dir", tmp_path / "cache")
-    assert len(seen) == 6
-    for name, kwargs in seen.items():
-        assert kwargs["cache_dir"] == str(tmp_path / "cache"), name
-        assert name == "Dinov2Model" or kwargs["revision"] == "abc", name
-    assert (tmp_path / "cache").is_dir()  # the dataset's
-
-
 def test_dataset_name_and_columns(run, tmp_path, dataset_path):
     folder = datasets.load_dataset("imagefolder", data_dir=dataset_path, split="train")
     renamed = folder.rename_columns({"image": "picture", "text": "words"})
@@ -720,7 +425,7 @@ def test_dataset_config_name(monkeypatch, tmp_path):
     args = train.parse_args(
         ["--pretrained_model_name_or_path", "x", "--dataset_name", "a/b", "--dataset_config_name", "c"]
     )
-    with pytest.raises(LookupError, match="a/b c None"):
+    with pytest.raises(train.ADTError, match="The dataset a/b cannot be read: a/b c None"):
         train.load_image_caption_dataset(args)
 
 
@@ -768,6 +473,8 @@ def fails(options, *more, capsys):
         (("--discriminator_norm_group", 3), "does not divide"),
         (("--proportion_empty_prompts", 1.5), r"must lie in \[0, 1\]"),
         (("--guidance_scale", "nan"), "must not be negative"),
+        (("--hub_token", "hf_x", "--report_to", "wandb"), "--hub_token would reach wandb"),
+        (("--hub_token", "hf_x", "--report_to", "all"), "--hub_token would reach all"),
     ],
 )
 def test_bad_options(options, capsys, more, sentence):
@@ -791,28 +498,6 @@ def no_weights(monkeypatch):
         monkeypatch.setattr(cls, "from_pretrained", load)
 
 
-@pytest.mark.parametrize(
-    ("more", "sentence"),
-    [
-        (("--pretrained_model_name_or_path", "nowhere"), "nowhere is not a readable pipeline"),
-        (("--resolution", 17), "17 is not divisible by the VAE's factor 2"),
-        (("--discriminator_resolution", 18), "18 is not a multiple of the feature network's patch size 4"),
-        (("--discriminator_layers", 2, 7), r"\[7\]: the feature network has blocks 0 to 3"),
-        (("--discriminator_model_name_or_path", "nowhere"), "--discriminator_model_name_or_path nowhere"),
-        (("--num_inference_steps", 1001), "1001 is too many for a schedule of 1000"),
-        (("--image_column", "picture"), "picture is not a column of the dataset, which has image, text"),
-        (("--caption_column", "words"), "words is not a column"),
-        (("--image_column", "text"), "does not hold images"),
-        (("--resume_from_checkpoint", "checkpoint-9"), "checkpoint-9 does not exist"),
-        (("--pretrained_vae_model_name_or_path", "nowhere"), "nowhere is not a readable VAE"),
-    ],
-)
-def test_bad_input_is_refused_before_weights_are_loaded(run, no_weights, more, sentence, tmp_path):
-    with pytest.raises(train.ADTError, match=sentence):
-        run(*more)
-    assert not (tmp_path / "out").exists()
-
-
 def edit_json(file, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
@@ -821,7 +506,7 @@ def edit_json(file, **changes):
     ("file", "changes", "sentence"),
     [
         ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline"),
-        ("unet/config.json", {"in_channels": 9}, "is no text-to-image model"),
+        ("unet/config.json", {"in_channels": 9}, "9 channels and the VAE of .* makes 4"),
         ("unet/config.json", {"time_cond_proj_dim": 8}, "guidance distilled"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow_prediction"}, "predicts 'flow_prediction'"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "needs a v_prediction model"),
@@ -832,6 +517,24 @@ def test_unsuitable_models_are_refused(run, no_weights, sd15_path, tmp_path, fil
     edit_json(tmp_path / "base" / file, **changes)
     with pytest.raises(train.ADTError, match=sentence):
         run("--pretrained_model_name_or_path", tmp_path / "base")
+
+
+def test_unreadable_vae_of_the_base_is_named(run, no_weights, sd15_path, tmp_path):
+    shutil.copytree(sd15_path, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base" / "vae")
+    with pytest.raises(train.ADTError, match="base has no readable VAE"):
+        run("--pretrained_model_name_or_path", tmp_path / "base")
+
+
+@pytest.mark.parametrize("metadata", [None, "", '{"file_name": "000.png", "text": "cut'])
+def test_dataset_that_cannot_be_read(run, no_weights, dataset_path, tmp_path, metadata):
+    """An empty folder; an empty and a damaged `metadata.jsonl`."""
+    (tmp_path / "data").mkdir()
+    if metadata is not None:
+        shutil.copy(Path(dataset_path, "000.png"), tmp_path / "data")
+        (tmp_path / "data" / "metadata.jsonl").write_text(metadata)
+    with pytest.raises(train.ADTError, match="The dataset .*data cannot be read: ."):
+        run("--train_data_dir", tmp_path / "data")
 
 
 def test_corrupt_image_is_named(run, no_weights, dataset_path, tmp_path):
@@ -853,16 +556,17 @@ def test_empty_captions_are_counted_and_trained_on(run, dataset_path, tmp_path, 
 
 def test_several_captions_to_an_image(dataset_path, tmp_path, options):
     rows = datasets.load_dataset("imagefolder", data_dir=dataset_path, split="train")
-    rows = rows.remove_columns("text").add_column("text", [["one", "two"]] * 8)
+    rows = rows.remove_columns("text").add_column("text", [["one", "two"]] * 7 + [[]])
     (tmp_path / "data").mkdir()
     rows.to_parquet(tmp_path / "data" / "train.parquet")
     args = train.parse_args(
         ["--pretrained_model_name_or_path", "x", "--dataset_name", str(tmp_path / "data"), "--resolution", "16"]
     )
     dataset = train.load_image_caption_dataset(args)
-    assert train.check_dataset(dataset, range(8), args) == 0
+    assert train.check_dataset(dataset, range(8), args) == 1
     items = train.ImageCaptionDataset(dataset, args)
     assert {items[0, iteration, 0]["caption"] for iteration in range(20)} == {"one", "two"}
+    assert items[7, 0, 0]["caption"] == ""
 
 
 def test_caption_that_is_no_text(dataset_path, tmp_path):
@@ -875,6 +579,15 @@ def test_caption_that_is_no_text(dataset_path, tmp_path):
         train.check_dataset(train.load_image_caption_dataset(args), range(8), args)
 
 
+def test_options_that_are_ignored_do_not_hinder_resuming(run):
+    run("--checkpointing_steps", 4)
+    run("--resume_from_checkpoint", "latest", "--rank", 2, "--lora_dropout", 0.5)
+    plain = ("--adversarial_loss_weight", 0, "--checkpointing_steps", 4)
+    run(*plain, output_dir="plain")
+    more = ("--discriminator_learning_rate", 1e-2, "--num_gradient_steps", 1, "--augmentation_policy")
+    run(*plain, "--resume_from_checkpoint", "latest", *more, output_dir="plain")
+
+
 def test_checkpoint_of_another_configuration(run, no_weights, options, monkeypatch):
     monkeypatch.undo()
     run("--checkpointing_steps", 4)
@@ -884,6 +597,12 @@ def test_checkpoint_of_another_configuration(run, no_weights, options, monkeypat
         run("--resume_from_checkpoint", "latest", "--gradient_accumulation_steps", 2)
     with pytest.raises(train.ADTError, match="past --max_train_steps"):
         run("--resume_from_checkpoint", "latest", "--max_train_steps", 3)
+
+
+def test_decay_of_the_learning_rate_has_one_length(run):
+    run("--checkpointing_steps", 2, "--max_train_steps", 2, "--lr_scheduler", "cosine")
+    with pytest.raises(train.ADTError, match=r"max_train_steps 2 \(now 4\)"):
+        run("--lr_scheduler", "cosine", "--resume_from_checkpoint", "latest")
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "adt_checkpoint.json"])
@@ -917,23 +636,37 @@ def test_half_written_checkpoint_is_not_seen(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob(".checkpoint*"))
 
 
-@pytest.mark.parametrize(
-    ("function", "name"), [("discriminator_loss", "discriminator loss"), ("generator_loss", "generator loss")]
-)
-def test_nan_stops_the_run(run, tmp_path, monkeypatch, function, name):
-    original, calls = getattr(train, function), []
+@pytest.mark.parametrize(("name", "iteration"), [("UNet", 2), ("discriminator", 1)])
+def test_infinite_gradient_stops_the_run_before_the_step(run, tmp_path, monkeypatch, name, iteration):
+    """A finite loss may have a gradient that is not, which would spoil every weight through the clipping."""
+    cls = UNet2DConditionModel if name == "UNet" else train.SiameseDiscriminator
+    original = cls.train
 
-    def broken(*args, **kwargs):
-        calls.append(1)
-        loss = original(*args, **kwargs)
-        return loss * float("nan") if len(calls) > (4 if function == "discriminator_loss" else 1) else loss
+    def break_and_train(self, mode=True):  # after the weights are loaded and before the first update
+        if not hasattr(self, "broken"):
+            self.broken = True
+            next(p for p in self.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * math.inf)
+        return original(self, mode)
 
-    monkeypatch.setattr(train, function, broken)
-    iteration = 3 if function == "discriminator_loss" else 4
-    with pytest.raises(train.ADTError, match=f"The {name} became nan at iteration {iteration}"):
-        run("--checkpointing_steps", 2)
-    assert [path.name for path in train.list_checkpoints(tmp_path / "out")] == ["checkpoint-2"]
-    assert all(value.isfinite().all() for value in read_unet(tmp_path / "out" / "checkpoint-2").values())
+    monkeypatch.setattr(cls, "train", break_and_train)
+    monkeypatch.setattr(
+        train, "update_spectral_norm", lambda discriminator: update_spectral_norm(discriminator.train())
+    )
+    with pytest.raises(train.ADTError, match=f"gradient norm of the {name} became (nan|inf) at iteration {iteration}"):
+        run("--checkpointing_steps", 1)
+    assert len(train.list_checkpoints(tmp_path / "out")) == iteration - 1
+
+
+def test_skipped_step_moves_nothing(run, monkeypatch):
+    """float16's loss scaling skips a step that overflowed: averages and schedules must not move then."""
+    twins = []
+    monkeypatch.setattr(AcceleratedOptimizer, "step", lambda self: None)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
+    monkeypatch.setattr(train.SiameseDiscriminator, "update_twin", lambda self: twins.append(1))
+    output = run("--use_ema", "--lr_warmup_steps", 2, "--checkpointing_steps", 4)
+    state = json.loads((output / "checkpoint-4" / "unet_ema" / "ema.json").read_text())
+    assert state["optimization_step"] == 0 and twins == []
+    assert set(read_scalars(output)["lr"].values()) == {0}
 
 
 def test_sharded_engines_are_refused(run, monkeypatch):
@@ -954,51 +687,58 @@ def test_command_line_prints_one_sentence(options):
 # Card, trackers, Hub
 
 
-def test_card_snippet_runs_as_it_stands(run, tmp_path, monkeypatch):
-    output = run("--validation_prompts", "a red disc", "--guidance_scale", 3)
-    card = (output / "README.md").read_text()
-    assert "scale 3.0" in card and "DDIMScheduler, 4 steps" in card and "images/prompt-0.png" in card
-    assert (output / "images" / "prompt-0.png").is_file()
-    assert str(tmp_path) not in card.replace(json.dumps(str(output)), "")  # the snippet's path alone
-    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
-    monkeypatch.chdir(tmp_path)
-    exec(snippet, {})
-    image = Image.open(tmp_path / "image.png")
-    assert image.size == (16, 16)
-    facts = json.loads((output / "adt_config.json").read_text())
-    assert facts["inference"]["num_inference_steps"] == 4 and facts["inference"]["guidance_scale"] == 3
-    assert facts["generator_updates"] == 2 and facts["training_options"]["seed"] == 0
-    assert str(tmp_path) not in json.dumps(facts)
-
-
 def test_card_names_the_size_where_it_is_not_the_models_own(run):
     assert "height=8, width=8" in (run("--resolution", 8, "--discriminator_resolution", 8) / "README.md").read_text()
 
 
-def test_push_to_hub(run, monkeypatch, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--use_lora",), ("--use_lora", "--fuse_lora")], ids=["full", "lora", "fused"])
+def test_push_to_hub_sends_the_result_and_nothing_else(run, monkeypatch, tmp_path, more):
     calls = {}
 
     def create_repo(**kwargs):
         calls["create"] = kwargs
         assert not (tmp_path / "out" / "unet").exists()  # before the training, so that a wrong token fails early
-        return types.SimpleNamespace(repo_id="me/tuned")
+        return types.SimpleNamespace(repo_id="me/tuned-as-the-hub-has-it")
 
     monkeypatch.setattr(train, "create_repo", create_repo)
     monkeypatch.setattr(train, "upload_folder", lambda **kwargs: calls.update(upload=kwargs))
-    output = run("--push_to_hub", "--hub_model_id", "me/tuned", "--hub_token", "hf_secret", "--checkpointing_steps", 2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("of mine")
+    output = run(
+        "--push_to_hub", "--hub_model_id", "me/tuned", "--hub_token", "hf_secret", "--checkpointing_steps", 2,
+        "--validation_prompts", "a red disc", *more,
+    )  # fmt: skip
     assert calls["create"] == {"repo_id": "me/tuned", "exist_ok": True, "token": "hf_secret"}
     upload = calls["upload"]
-    assert upload["repo_id"] == "me/tuned" and upload["token"] == "hf_secret"
+    assert upload["repo_id"] == "me/tuned-as-the-hub-has-it" and upload["token"] == "hf_secret"
     from huggingface_hub.utils import filter_repo_objects
 
     files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
-    sent = set(filter_repo_objects(files, ignore_patterns=upload["ignore_patterns"]))
-    assert {"model_index.json", "README.md", "adt_config.json", "unet/config.json"} <= sent
-    assert not [file for file in sent if "checkpoint" in file or "tfevents" in file or "validation" in file]
-    assert 'from_pretrained("me/tuned")' in (output / "README.md").read_text()
+    assert any("tfevents" in file for file in files) and any("checkpoint-2" in file for file in files)
+    sent = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
+    own = {"README.md", "adt_config.json", "images/prompt-0.png", "scheduler/scheduler_config.json"}
+    adapters, pipeline = (
+        "pytorch_lora_weights.safetensors",
+        {"model_index.json", "unet/config.json", "vae/config.json"},
+    )
+    assert own <= sent and (adapters in sent) == ("--use_lora" in more)
+    assert pipeline <= sent if more != ("--use_lora",) else sent == own | {adapters}
+    unwanted = ("checkpoint", "tfevents", "validation", "notes")
+    assert not [file for file in sent if any(word in file for word in unwanted)]
+    card = (output / "README.md").read_text()
+    assert '("me/tuned-as-the-hub-has-it"' in card and str(tmp_path) not in card
     for file in output.rglob("*"):
         if file.is_file():
             assert b"hf_secret" not in file.read_bytes(), file
+
+
+def test_card_says_what_was_done(run):
+    def card(*more):
+        return (run(*more) / "README.md").read_text()
+
+    assert "siamese discriminator" in card() and "projected discriminator" in card("--discriminator_type", "projected")
+    plain = card("--adversarial_loss_weight", 0)
+    assert "by plain fine-tuning" in plain and "training has not sampled" in plain and "DINOv2" not in plain
 
 
 def test_card_is_written_anew(run, tmp_path):
@@ -1011,4 +751,4 @@ def test_trackers(run, monkeypatch):
     output = run("--report_to", "none", output_dir="none")
     assert not (output / "logs").exists()
     output = run("--logging_dir", "events", "--tracker_project_name", "mine")
-    assert set(read_scalars(output, "mine", "events")["discriminator_loss"]) == {1, 2, 3, 4}
+    assert set(read_scalars(output, "events")["discriminator_loss"]) == {1, 2, 3, 4}

@@ -5,9 +5,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 
 # SD1.5's, which has no `clip_sample`: DDIM's own default would clip the latents.
@@ -19,6 +40,14 @@ SD15_SCHEDULER = {
     "trained_betas": None,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
+    "steps_offset": 1,
+}
+SDXL_SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "timestep_spacing": "leading",
     "steps_offset": 1,
 }
 COLORS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
@@ -52,7 +81,7 @@ def make_unet():
     )
 
 
-def make_vae():
+def make_vae(scaling_factor=0.18215, **options):
     """Images of 2n x 2n from latents of n x n."""
     return AutoencoderKL(
         in_channels=3,
@@ -64,15 +93,17 @@ def make_vae():
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
         sample_size=16,
-        scaling_factor=0.18215,
+        scaling_factor=scaling_factor,
+        **options,
     )
 
 
-def make_text_encoder(tokenizer):
+def make_text_encoder(tokenizer, model_class=CLIPTextModel, hidden_size=32):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
+        projection_dim=24,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
@@ -80,7 +111,7 @@ def make_text_encoder(tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = CLIPTextModel(config)
+    model = model_class(config)
     with torch.no_grad():
         # CLIP's 0.02 is for trained models: at random the embeddings would differ by the position alone.
         for name, parameter in model.named_parameters():
@@ -115,6 +146,99 @@ def make_sd15(directory, prediction_type="epsilon", zero_snr=False, scheduler_ov
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return str(directory)
+
+
+def make_sdxl(
+    directory, prediction_type="epsilon", zero_snr=False, scheduler_overrides=None, force_zeros_for_empty_prompt=True
+):
+    """Saves a tiny `StableDiffusionXLPipeline`; its images are 16x16. Returns the path as a string."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, tokenizer_2 = make_tokenizer(), make_tokenizer()
+        tokenizer_2.pad_token = "!"  # as OpenCLIP's
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=32 + 16,
+            attention_head_dim=(2, 4),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            norm_num_groups=8,
+        )
+        pipeline = StableDiffusionXLPipeline(
+            vae=make_vae(scaling_factor=0.13025).eval(),
+            text_encoder=make_text_encoder(tokenizer).eval(),
+            text_encoder_2=make_text_encoder(tokenizer_2, CLIPTextModelWithProjection, 16).eval(),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet.eval(),
+            scheduler=EulerDiscreteScheduler(
+                **SDXL_SCHEDULER
+                | {"prediction_type": prediction_type}
+                | ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {})
+                | (scheduler_overrides or {})
+            ),
+            force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return str(directory)
+
+
+def make_t5_tokenizer():
+    """A `T5TokenizerFast` that knows lower-case ASCII by its characters."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581"] + [chr(code) for code in range(33, 127)] + ["\u2581a", "re"]
+    return T5TokenizerFast(vocab=[(piece, -float(rank)) for rank, piece in enumerate(pieces)], extra_ids=0)
+
+
+def make_sd3(directory, t5=True, scheduler_overrides=None, **transformer_options):
+    """Saves a tiny `StableDiffusion3Pipeline`; its images are 16x16. Returns the path as a string."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokenizer, tokenizer_2, tokenizer_3 = make_tokenizer(), make_tokenizer(), make_t5_tokenizer()
+        tokenizer_2.pad_token = "!"
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,
+            caption_projection_dim=32,
+            pooled_projection_dim=48,
+            pos_embed_max_size=8,
+            **transformer_options,
+        )
+        with torch.no_grad():
+            transformer.proj_out.weight.normal_(std=0.1)
+        config = T5Config(
+            vocab_size=len(tokenizer_3), d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        pipeline = StableDiffusion3Pipeline(
+            vae=make_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=make_text_encoder(tokenizer, CLIPTextModelWithProjection).eval(),
+            text_encoder_2=make_text_encoder(tokenizer_2, CLIPTextModelWithProjection, 16).eval(),
+            text_encoder_3=T5EncoderModel(config).eval() if t5 else None,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            tokenizer_3=tokenizer_3 if t5 else None,
+            transformer=transformer.eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | (scheduler_overrides or {})),
+        )
+    pipeline.vae.eval()
     pipeline.save_pretrained(directory, safe_serialization=True)
     return str(directory)
 

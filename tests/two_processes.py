@@ -1,31 +1,28 @@
-"""Runs `train_adt_sd15.py` with the given options, under torchrun or alone, and saves what each process saw.
+"""Runs a training script with the given options, under torchrun or alone, and saves what each process saw.
 
-    torchrun --nproc_per_node 2 tests/two_processes.py RECORD_DIR OPTIONS...
+    torchrun --nproc_per_node 2 tests/two_processes.py train_adt_sd15 RECORD_DIR OPTIONS...
 
 RECORD_DIR/rank-N.pt holds, for each optimizer step, the synchronised gradient as one vector (before clipping), the
 start index of every rollout, and the final weights of both networks.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import train_adt_sd15 as train  # noqa: E402
-
-
-def record(directory, options):
+def record(train, directory, options):
     models, gradients, start_indices = {}, [], []
     apply_update, simulate_inference = train.apply_update, train.simulate_inference
 
-    def recording_update(model, *others):
+    def recording_update(name, model, *others):
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
-        apply_update(model, *others)
+        stepped = apply_update(name, model, *others)
         models[model] = [parameter.detach() for parameter in model.parameters()]
+        return stepped
 
     def recording_inference(predict, scheduler, latents, start_index, *others):
         start_indices.append(start_index)
@@ -45,4 +42,5 @@ def record(directory, options):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    record(sys.argv[1], sys.argv[2:])
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    record(importlib.import_module(sys.argv[1]), sys.argv[2], sys.argv[3:])

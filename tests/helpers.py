@@ -1,0 +1,51 @@
+"""Reading what a run wrote, and comparing it."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+TIMING = {"seconds_per_iteration", "images_per_second", "peak_memory_gb"}
+
+
+def read_scalars(output_dir, logging_dir="logs"):
+    """{tag: {step: value}} as TensorBoard recorded them, without timings."""
+    (project,) = Path(output_dir, logging_dir).iterdir()
+    events = EventAccumulator(str(project))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+        if tag not in TIMING
+    }
+
+
+def read_network(directory, subfolder="unet"):
+    return load_file(Path(directory, subfolder, "diffusion_pytorch_model.safetensors"))
+
+
+def equal(first, second):
+    """Bitwise equality of nested containers of tensors."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def relative(first, second):
+    return ((first - second).norm() / second.norm()).item()
+
+
+def checkpoint_state(directory):
+    """Everything in a checkpoint that training continues from."""
+    state = {str(file.relative_to(directory)): load_file(file) for file in Path(directory).rglob("*.safetensors")}
+    for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
+        state[name] = torch.load(Path(directory, name), weights_only=False)
+    for file in Path(directory).rglob("ema.json"):
+        state["ema.json"] = file.read_text()
+    return state

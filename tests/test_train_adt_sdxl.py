@@ -1,0 +1,374 @@
+"""What SDXL adds: conditions on sizes, two text encoders, their cache, and its VAE."""
+
+import json
+import shutil
+import types
+import weakref
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny
+import torch
+from conftest import FAMILIES
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from helpers import equal, read_network, read_scalars
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+
+import train_adt_sd15
+import train_adt_sdxl as train
+
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_ACCELERATOR = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+OWN_OPTIONS = {"rollout_time_ids", "offload_text_encoders", "cache_text_embeddings"}
+
+
+@pytest.fixture
+def family():
+    return FAMILIES["sdxl"]
+
+
+def test_options_are_those_of_sd15_and_its_own(options):
+    common = vars(train_adt_sd15.parse_args(options()))
+    args = vars(train.parse_args(options()))
+    assert set(args) == set(common) | OWN_OPTIONS
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in OWN_OPTIONS if f"| `--{name}` |" not in readme] == []
+
+
+def test_the_papers_defaults():
+    args = train.parse_args(["--pretrained_model_name_or_path", "x", "--dataset_name", "y"])
+    assert (args.resolution, args.guidance_scale, args.num_inference_steps) == (1024, 5.0, 50)
+    assert (args.learning_rate, args.discriminator_learning_rate) == (1e-6, 1e-6)
+
+
+# Conditions on sizes
+
+
+def official_crop_top_left(size, resolution, u_top, u_left, center_crop):
+    """What the official script records for an image of `size` (width, height), by torchvision's own formulas."""
+    width, height = size
+    short, long = min(size), max(size)
+    new_long = int(resolution * long / short)
+    width, height = (resolution, new_long) if width <= height else (new_long, resolution)
+    if center_crop:
+        return max(0, int(round((height - resolution) / 2.0))), max(0, int(round((width - resolution) / 2.0)))
+    return int(u_top * (height - resolution + 1)), int(u_left * (width - resolution + 1))
+
+
+SIZES = {"portrait": (20, 33), "landscape": (41, 22), "square": (24, 24)}
+
+
+@pytest.fixture
+def sizes_path(tmp_path):
+    """Three images whose pixels say where they are."""
+    (tmp_path / "sizes").mkdir()
+    lines = []
+    for name, (width, height) in SIZES.items():
+        image = Image.new("RGB", (width, height))
+        image.putdata([(6 * x, 6 * y, 0) for y in range(height) for x in range(width)])
+        image.save(tmp_path / "sizes" / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": name}))
+    (tmp_path / "sizes" / "metadata.jsonl").write_text("\n".join(lines))
+    return tmp_path / "sizes"
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_recorded_sizes_are_the_official_scripts(options, sizes_path, flip, center_crop):
+    more = ["--train_data_dir", sizes_path, *["--random_flip"] * flip, *["--center_crop"] * center_crop]
+    args = train.parse_args(options(*more))
+    dataset = train.load_image_caption_dataset(args)
+    names = dataset["text"][:]
+    items, mirrored = train.ImageCaptionDataset(dataset, args), set()
+    for iteration in range(12):
+        for index, name in enumerate(names):
+            item = items[index, iteration, 0]
+            width, height = SIZES[name]
+            assert item["original_size"] == (height, width)
+            u_flip, u_top, u_left = torch.rand(3, generator=train.make_generator(0, "image", iteration, 0)).tolist()
+            top, left = official_crop_top_left((width, height), 16, u_top, u_left, center_crop)
+            assert item["crop_top_left"] == (top, left)
+            # The recorded corner is the crop's in the image as it was cropped, mirrored or not.
+            short = min(width, height)
+            image = Image.open(sizes_path / f"{name}.png").convert("RGB")
+            image = image.resize((16 * width // short, 16 * height // short), Image.Resampling.LANCZOS)
+            mirrored.add(flip and u_flip < 0.5)
+            if flip and u_flip < 0.5:
+                image = ImageOps.mirror(image)
+            crop = image.crop((left, top, left + 16, top + 16))
+            expected = torch.tensor(list(crop.tobytes())).view(16, 16, 3).permute(2, 0, 1) / 127.5 - 1
+            assert torch.allclose(item["pixel_values"], expected, atol=1e-6)
+    assert mirrored == ({False, True} if flip else {False})
+
+
+@pytest.mark.parametrize("which", ["inference", "image"])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_time_ids_that_reach_the_model(run, options, sizes_path, monkeypatch, which, flip, center_crop):
+    """Each row of ids, found by the row's caption embedding, against the official script's for that image."""
+    seen = []
+    original = UNet2DConditionModel.forward
+
+    def forward(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=None, **kwargs):
+        seen.append((self.training, encoder_hidden_states, added_cond_kwargs["time_ids"]))
+        return original(self, sample, timestep, encoder_hidden_states, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", forward)
+    iterations = []
+    make_conditions = train.make_conditions
+    monkeypatch.setattr(train, "make_conditions", lambda *args: iterations.append(len(seen)) or make_conditions(*args))
+    more = ("--train_data_dir", sizes_path, "--train_batch_size", 3, "--rollout_time_ids", which,
+            "--discriminator_norm_group", 3, "--guidance_scale", 1,
+            *["--random_flip"] * flip, *["--center_crop"] * center_crop)  # fmt: skip
+    output = run(*more)
+    args = train.parse_args(options(*more))
+    encoder = train.PromptEncoder(args, NO_ACCELERATOR)
+    names = list(SIZES)
+    embeds = torch.stack([encoder([name])["prompt_embeds"][0] for name in names])
+    captions = train.load_image_caption_dataset(args)["text"][:]
+    keys = list(train.GlobalBatchSampler(3, args))
+    assert len(iterations) == 4 and {training for training, _, _ in seen} == {False, True}
+    for call, (training, prompt_embeds, time_ids) in enumerate(seen):
+        iteration = sum(first <= call for first in iterations) - 1
+        positions = {captions[index]: position for index, _, position in keys[iteration]}
+        for row, embed in zip(time_ids.int().tolist(), prompt_embeds, strict=True):
+            name = names[(embeds - embed).abs().flatten(1).amax(1).argmin()]
+            generator = train.make_generator(0, "image", iteration, positions[name])
+            _, u_top, u_left = torch.rand(3, generator=generator).tolist()
+            width, height = SIZES[name]
+            corner = official_crop_top_left((width, height), 16, u_top, u_left, center_crop)
+            own = [height, width, *corner, 16, 16]
+            assert row == (own if training or which == "image" else [16, 16, 0, 0, 16, 16])
+    card = (output / "README.md").read_text()
+    assert ("each training image's own size" in card) == (which == "image")
+    assert ("original size 16x16 and no crop" in card) == (which == "inference")
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_prompts_are_encoded_as_the_pipeline_does(options, tmp_path, force_zeros):
+    path = tiny.make_sdxl(tmp_path / "base", force_zeros_for_empty_prompt=force_zeros)
+    encoder = train.PromptEncoder(train.parse_args(options("--pretrained_model_name_or_path", path)), NO_ACCELERATOR)
+    pipeline = DiffusionPipeline.from_pretrained(path)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    for prompt in ("a red disc", "", "a long caption that is cut because it has more tokens than twelve"):
+        expected = dict(zip(names, pipeline.encode_prompt(prompt, device="cpu"), strict=True))
+        for name, value in encoder([prompt]).items():
+            assert torch.equal(value, expected[name])
+            assert torch.equal(encoder.negative[name], expected[f"negative_{name}"])
+            assert (encoder.negative[name] == 0).all() == force_zeros
+
+
+def test_dropped_captions_are_the_unconditional_branch_in_the_loss_alone(options):
+    args = train.parse_args(options())
+    encoder = train.PromptEncoder(args, NO_ACCELERATOR)
+    positive = encoder(["a red disc", "a blue square"])
+    examples = {"original_sizes": torch.tensor([[20, 25]] * 2), "crop_top_lefts": torch.tensor([[1, 2]] * 2)}
+    conditions = train.make_conditions(examples, positive, encoder.negative, torch.tensor([True, False]), args)
+    for name, value in positive.items():
+        assert torch.equal(conditions["positive"][name], value)
+        assert torch.equal(conditions["loss"][name][0], encoder.negative[name][0])
+        assert torch.equal(conditions["loss"][name][1], value[1])
+        assert all(torch.equal(row, encoder.negative[name][0]) for row in conditions["negative"][name])
+    inference, image = [[16, 16, 0, 0, 16, 16]] * 2, [[20, 25, 1, 2, 16, 16]] * 2
+    ids = {branch: condition["time_ids"].int().tolist() for branch, condition in conditions.items()}
+    assert ids == {"negative": inference, "positive": inference, "loss": image}
+
+
+def test_offloaded_text_encoders_rest_in_cpu_memory(run, options, monkeypatch):
+    plain = read_scalars(run(output_dir="plain"))
+    assert read_scalars(run("--offload_text_encoders", output_dir="offloaded")) == plain
+    moves = []
+    for cls in (train.CLIPTextModel, train.CLIPTextModelWithProjection):
+        monkeypatch.setattr(cls, "to", lambda self, *args, **kwargs: moves.append(str(args[0])) or self)
+    accelerator = types.SimpleNamespace(device="cpu:0", mixed_precision="no")
+    encoder = train.PromptEncoder(train.parse_args(options("--offload_text_encoders")), accelerator)
+    assert moves == ["cpu"] * 2 + ["cpu:0"] * 2 + ["cpu"] * 2  # loaded, then for the empty prompt there and back
+    encoder(["a red disc"])
+    assert moves[6:] == ["cpu:0"] * 2 + ["cpu"] * 2
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ("--cache_text_embeddings", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_cached_embeddings_give_the_same_run_bitwise(run, cache, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(train, "PROMPTS_PER_FILE", 3)
+    common = ("--validation_prompts", "a blue moon", "--proportion_empty_prompts", 0.3, "--mixed_precision", precision)
+    plain = run(*common, output_dir="plain")
+    first = run(*common, *cache, output_dir="first")
+    assert len(list((tmp_path / "cache").glob("embeddings-*.safetensors"))) == 3  # eight captions and the empty one
+    encoded = []
+    original = train.PromptEncoder.encode
+    monkeypatch.setattr(
+        train.PromptEncoder, "encode", lambda self, prompt: encoded.append(prompt) or original(self, prompt)
+    )
+    second = run(*common, *cache, output_dir="second")
+    assert encoded == ["", "a blue moon"]  # nothing of the dataset
+    for output in (first, second):
+        assert read_scalars(output) == read_scalars(plain)
+        assert equal(read_network(output), read_network(plain))
+        assert (output / "validation" / "iteration-000004-prompt-0.png").read_bytes() == (
+            plain / "validation" / "iteration-000004-prompt-0.png"
+        ).read_bytes()
+
+
+def test_cache_frees_the_text_encoders(run, cache, monkeypatch):
+    references = []
+    original = train.PromptEncoder.use_cache
+
+    def use_cache(self, *args):
+        references.extend(weakref.ref(text_encoder) for text_encoder in self.text_encoders)
+        original(self, *args)
+        assert [reference() for reference in references] == [None, None]
+
+    monkeypatch.setattr(train.PromptEncoder, "use_cache", use_cache)
+    run(*cache)
+    assert len(references) == 2
+
+
+def test_cache_of_other_text_encoders_is_refused(run, cache, tmp_path, sdxl_path):
+    run(*cache, "--max_train_steps", 1)
+    shutil.copytree(sdxl_path, tmp_path / "other")
+    file = tmp_path / "other" / "text_encoder_2" / "model.safetensors"
+    weights = load_file(file)
+    weights["text_projection.weight"][0, 0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(train.ADTError, match=rf"with the text encoders of {Path(sdxl_path).name}, .* of other are"):
+        run(*cache, "--pretrained_model_name_or_path", tmp_path / "other")
+    with pytest.raises(train.ADTError, match="in float32; those of .* are others now"):
+        run(*cache, "--mixed_precision", "bf16")
+
+
+@pytest.mark.parametrize("what", ["hidden_act", "merges"])
+def test_cache_of_text_encoders_with_the_same_weights_is_refused(run, cache, tmp_path, sdxl_path, what):
+    run(*cache, "--max_train_steps", 1)
+    shutil.copytree(sdxl_path, tmp_path / "other")
+    if what == "hidden_act":
+        file = tmp_path / "other" / "text_encoder" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
+    else:
+        tokenizer = tiny.CLIPTokenizer.from_pretrained(tmp_path / "other" / "tokenizer")
+        vocab = tokenizer.get_vocab()
+        tiny.CLIPTokenizer(vocab=vocab, merges=[("r", "e")], model_max_length=12).save_pretrained(
+            tmp_path / "other" / "tokenizer"
+        )
+    with pytest.raises(train.ADTError, match="are others now"):
+        run(*cache, "--pretrained_model_name_or_path", tmp_path / "other")
+    shutil.copytree(sdxl_path, tmp_path / "same")
+    run(
+        *cache, "--pretrained_model_name_or_path", tmp_path / "same", "--max_train_steps", 1
+    )  # another path is no matter
+
+
+def test_cache_that_some_process_does_not_see_is_refused(run, cache, monkeypatch):
+    """Two machines with a folder each: what one writes the other does not see."""
+    monkeypatch.setattr(train, "gather_object", lambda values: [*values, False])
+    with pytest.raises(train.ADTError, match="must be on a file system that all processes share"):
+        run(*cache)
+
+
+def test_cache_of_another_dataset_is_refused(run, cache, tmp_path, dataset_path):
+    run(*cache, "--max_train_steps", 1)
+    shutil.copytree(dataset_path, tmp_path / "data")
+    metadata = tmp_path / "data" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("a red square 0", "something else"))
+    with pytest.raises(train.ADTError, match=f"dataset {Path(dataset_path).name}, or .* data it lacks 1, .*'someth"):
+        run(*cache, "--train_data_dir", tmp_path / "data")
+
+
+def test_damaged_cache_is_refused_and_an_unfinished_one_made_again(run, cache, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_file", fail)
+        with pytest.raises(OSError):
+            run(*cache)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    run(*cache, "--max_train_steps", 1)
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(train.ADTError, match="embeddings-00000.safetensors is missing or truncated"):
+        run(*cache)
+    manifest = tmp_path / "cache" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:40])
+    with pytest.raises(train.ADTError, match="manifest.json is damaged"):
+        run(*cache)
+
+
+def test_every_caption_is_cached(dataset_path, tmp_path):
+    rows = datasets.load_dataset("imagefolder", data_dir=dataset_path, split="train")
+    rows = rows.remove_columns("text").add_column("text", [["one", "two"]] * 6 + [[], ["three"]])
+    assert train.list_captions(rows, types.SimpleNamespace(caption_column="text")) == ["", "one", "three", "two"]
+
+
+def test_cache_options(options, capsys):
+    for more, sentence in (
+        (("--cache_text_embeddings", __file__), "is a file"),
+        (("--cache_text_embeddings", Path(__file__, "below")), "is a file"),
+        (("--output_dir", "o", "--cache_text_embeddings", "o/cache"), "must not lie in --output_dir"),
+        (("--cache_text_embeddings", "x", "--offload_text_encoders"), "nothing to offload"),
+    ):
+        with pytest.raises(SystemExit):
+            train.parse_args(options(*more))
+        assert sentence in capsys.readouterr().err
+
+
+# The VAE, and models that this script does not tune
+
+
+@pytest.mark.parametrize(
+    ("force_upcast", "precision", "dtype"),
+    [(False, "bf16", torch.bfloat16), (False, "fp16", torch.float32), (True, "bf16", torch.float32)],
+)
+def test_precision_of_a_named_vae(options, tmp_path, force_upcast, precision, dtype):
+    vae = tiny.make_vae(scaling_factor=0.2)
+    vae.register_to_config(force_upcast=force_upcast)
+    vae.save_pretrained(tmp_path / "vae")
+    args = train.parse_args(options("--pretrained_vae_model_name_or_path", tmp_path / "vae"))
+    accelerator = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
+    assert train.load_vae(args, accelerator).dtype == dtype
+    assert train.load_vae(train.parse_args(options()), accelerator).dtype == torch.float32
+
+
+def test_half_safe_vae_trains_and_is_saved_in_float32(run, tmp_path):
+    vae = tiny.make_vae(scaling_factor=0.2)
+    vae.register_to_config(force_upcast=False)
+    vae.save_pretrained(tmp_path / "vae")
+    output = run(
+        "--pretrained_vae_model_name_or_path", tmp_path / "vae", "--mixed_precision", "bf16",
+        "--validation_prompts", "a red disc",
+    )  # fmt: skip
+    saved = load_file(output / "vae" / "diffusion_pytorch_model.safetensors")
+    assert equal(saved, load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors"))
+    assert json.loads((output / "vae" / "config.json").read_text())["scaling_factor"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "sentence"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline"),
+        ("model_index.json", {"text_encoder": [None, None]}, "lacks a text encoder"),
+        ("unet/config.json", {"addition_embed_type": None}, "is no SDXL base model"),
+        ("unet/config.json", {"in_channels": 9}, "9 channels and the VAE of .* makes 4"),
+        ("unet/config.json", {"time_cond_proj_dim": 8}, "guidance distilled"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "shifts its latents by a mean"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": None}, "has no schedule of betas"),
+    ],
+)
+def test_unsuitable_models_are_refused(run, sdxl_path, tmp_path, monkeypatch, file, changes, sentence):
+    monkeypatch.setattr(train, "prepare_run", None)  # nothing is loaded before
+    shutil.copytree(sdxl_path, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / file).read_text()) | changes
+    config = {name: value for name, value in config.items() if not (name == "beta_schedule" and value is None)}
+    (tmp_path / "base" / file).write_text(json.dumps(config))
+    with pytest.raises(train.ADTError, match=sentence):
+        run("--pretrained_model_name_or_path", tmp_path / "base")
