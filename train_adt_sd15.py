@@ -36,6 +36,7 @@ changes a run.
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -1835,12 +1836,10 @@ def train(unet, vae, prompt_encoder, validation_conditions, sampler, noise_sched
         grids = []
         if args.validation_prompts:
             grids = log_validation(base_images, validate(), args.max_train_steps, args, accelerator)
-        # The last that the processes do together: only the main one goes on, for as long as an upload takes. It also
-        # empties gloo's queue, which may else wait for Python while Python waits for it to be freed.
+        # The last that the processes do together: only the main one goes on, for as long as an upload takes.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             save_result(unwrapped_unet, vae, sampler, default_size, grids, run, args, accelerator)
-    accelerator.end_training()
 
 
 def save_result(unet, vae, sampler, default_size, grids, run, args, accelerator):
@@ -1888,6 +1887,17 @@ def save_result(unet, vae, sampler, default_size, grids, run, args, accelerator)
     logger.info(f"Saved the result in {args.output_dir}")
 
 
+def end_run(accelerator):
+    """Closes the trackers and destroys the process group, once nothing of the training refers to either.
+
+    A data-parallel wrapper that outlived the group's end would be the one to destroy it, holding Python's lock, while a
+    thread of gloo's may still want that lock to free a tensor: the process then never ends.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()
+
+
 def main(args):
     accelerator = start_accelerator(args)
     # Everything that can be checked before a model is loaded.
@@ -1901,6 +1911,7 @@ def main(args):
         unet, vae, prompt_encoder, validation_conditions, sampler, noise_scheduler, default_size, run, args,
         accelerator,
     )  # fmt: skip
+    end_run(accelerator)
 
 
 if __name__ == "__main__":

@@ -70,8 +70,11 @@ def parse_args():
     return args
 
 
-def tune(name, base, steps, options, args):
-    """Runs the training script unless the same command's result is there. Returns the tuned pipeline's folder."""
+def tune(name, base, steps, options, args, log=None):
+    """Runs the training script unless the same command's result is there. Returns the tuned pipeline's folder.
+
+    `log` is a file for what the script prints, which else goes to the terminal.
+    """
     output = args.output_dir / name
     command = [
         "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
@@ -97,7 +100,7 @@ def tune(name, base, steps, options, args):
         record.write_text(text)
     print(f"\n== {name}\n{shlex.join(command)}", flush=True)
     launcher = [str(Path(sys.executable).parent / command[0])] + command[1:]
-    subprocess.run(launcher, check=True, cwd=DEMO.parent)
+    subprocess.run(launcher, check=True, cwd=DEMO.parent, stdout=log, stderr=log)
     return output
 
 

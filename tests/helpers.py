@@ -1,13 +1,36 @@
-"""Reading what a run wrote, and comparing it."""
+"""Starting a run on two processes, reading what a run wrote, and comparing it."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 TIMING = {"seconds_per_iteration", "images_per_second", "peak_memory_gb"}
+
+
+def run_two_processes(script, *arguments):
+    """Runs `script` under torchrun; one that hangs or fails ends with what it printed, and where it hung."""
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script),
+         *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        printed, _ = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.send_signal(signal.SIGABRT)  # which has Python print the stack of every thread
+        printed, _ = process.communicate()
+        raise AssertionError(f"{script} hung:\n{printed}") from None
+    assert process.returncode == 0, printed
 
 
 def read_scalars(output_dir, logging_dir="logs"):

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 tests/two_processes.py train_adt_sd15 RECORD_DIR OPTIONS...
 
 RECORD_DIR/rank-N.pt holds, for each optimizer step, the synchronised gradient as one vector (before clipping), the
-start index of every rollout, and the final weights of both networks.
+start index of every rollout, the final weights of both networks, and gloo's threads before and after the run's end.
 """
 
 import importlib
@@ -13,30 +13,44 @@ from pathlib import Path
 import torch
 
 
+def gloo_threads():
+    names = {(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    return {name for name in names if "gloo" in name}
+
+
 def record(train, directory, options):
-    models, gradients, start_indices = {}, [], []
+    models, gradients, start_indices, threads = {}, [], [], []
     apply_update, simulate_inference = train.apply_update, train.simulate_inference
+    end_training = train.Accelerator.end_training
 
     def recording_update(name, model, *others):
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
         stepped = apply_update(name, model, *others)
-        models[model] = [parameter.detach() for parameter in model.parameters()]
+        models[name] = [parameter.detach() for parameter in model.parameters()]
         return stepped
 
     def recording_inference(predict, scheduler, latents, start_index, *others):
         start_indices.append(start_index)
         return simulate_inference(predict, scheduler, latents, start_index, *others)
 
+    def recording_end(accelerator):
+        threads.append(gloo_threads())
+        end_training(accelerator)
+        threads.append(gloo_threads())
+
     train.apply_update, train.simulate_inference = recording_update, recording_inference
+    train.Accelerator.end_training = recording_end
     try:
         train.main(train.parse_args(options))
     finally:
         train.apply_update, train.simulate_inference = apply_update, simulate_inference
+        train.Accelerator.end_training = end_training
     weights = [[parameter.clone() for parameter in parameters] for parameters in models.values()]
     rank = train.accelerate.PartialState().process_index
     Path(directory).mkdir(parents=True, exist_ok=True)
     result = {"gradients": gradients, "start_indices": start_indices, "weights": weights}
+    result |= {"threads": threads[0], "threads_after": threads[1]}
     torch.save(result, Path(directory, f"rank-{rank}.pt"))
 
 
