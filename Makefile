@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo demo-sd3 test quality clean
+.PHONY: demo demo-sd3 reproduce test quality clean
 
 .venv/installed: requirements.txt requirements-evaluate.txt constraints.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ demo: .venv/installed
 demo-sd3: .venv/installed
 	$(BIN)/python demo/demo.py --family sd3
 
+# One to two hours on two cores; started again, it goes on where it was.
+reproduce: .venv/installed
+	$(BIN)/python demo/reproduce.py
+
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests
 
@@ -26,5 +30,5 @@ quality: .venv/installed
 	$(BIN)/python tests/check_copies.py
 
 clean:
-	rm -rf .venv demo/output demo/output-sd3 demo/assets/sd3 .pytest_cache .ruff_cache
+	rm -rf .venv benchmarks/output demo/output demo/output-sd3 demo/assets/sd3 .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,25 +19,25 @@
 
 Every pipeline draws each caption from the same noise, under every sampler and guidance scale. Images that are there
 already are kept, so that a stopped evaluation goes on; other settings in the same folder are refused. It writes
-`report.json` and `report.md`.
+`report.json`, `report.md` with its plots, and `report.html`, one file with a gallery and a blind comparison.
+
+It needs `evaluate_metrics.py`, `evaluate_report.py` and `evaluate_report.html` beside it.
 """
 
 import argparse
-import contextlib
 import hashlib
 import inspect
-import io
 import json
 import sys
 import zlib
-from itertools import combinations, product
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import datasets
 import diffusers
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import (
     DDIMScheduler,
@@ -46,12 +46,25 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from PIL import Image, ImageOps
-from prdc import compute_prdc
-from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, CLIPModel, CLIPTokenizer
+
+from evaluate_metrics import (
+    CHOICES,
+    METRICS,
+    NEED_REAL_IMAGES,
+    QUALITY,
+    EvaluationError,
+    Loaded,
+    check_options,
+    load_networks,
+    measure,
+    reference_features,
+    square,
+)
+from evaluate_report import ReportError, count_votes, update_model_card, write_report
 
 
 # The class, and what its configuration must say where `from_config`'s default would be wrong.
@@ -64,21 +77,8 @@ SAMPLERS = {
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
     "own": (None, {}),  # the scheduler that the pipeline comes with
 }
-METRICS = {
-    "fid": "Fréchet distance on InceptionV3 features, lower is better",
-    "fdd": "Fréchet distance on DINOv2 features, lower is better",
-    "precision_recall": "share of generated images near real ones, and of real ones near generated ones",
-    "clip": "CLIP score, 100 times the cosine between image and caption",
-    "sharpness": "variance of the Laplacian of the grey image in [0, 255]",
-}
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 # Below this many images the Fréchet distances' bias is larger than most differences.
 FEW_IMAGES = 2048
-
-
-class EvaluationError(RuntimeError):
-    """An error whose message is all that the user needs."""
 
 
 def parse_args(input_args=None):
@@ -86,18 +86,24 @@ def parse_args(input_args=None):
         description="Compares text-to-image pipelines on captioned images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--pipelines", nargs="+", required=True, metavar="NAME=PATH", help="Hub ids or folders.")
+    parser.add_argument("--pipelines", nargs="+", default=[], metavar="NAME=PATH", help="Hub ids or folders.")
     parser.add_argument(
         "--lora", nargs="+", default=[], metavar="NAME=PATH", help="Adapters for the pipeline of that name."
     )
     parser.add_argument(
-        "--dataset_name", required=True, help="Hub id or folder of a dataset with images and captions."
-    )
+        "--checkpoints", nargs="+", default=[], metavar="NAME=RUN",
+        help="Output folders of training runs, each of whose checkpoints is compared.",
+    )  # fmt: skip
+    parser.add_argument("--dataset_name", default=None, help="Hub id or folder of a dataset with images and captions.")
     parser.add_argument("--dataset_config_name", default=None, help="Configuration of the dataset.")
     parser.add_argument("--split", default="test", help="Of the dataset.")
     parser.add_argument("--image_column", default="image", help="Column with the images.")
     parser.add_argument("--caption_column", default="text", help="Column with captions; of several, the first.")
     parser.add_argument("--num_images", type=int, default=5000, help="The first ones of the split; or all of it.")
+    parser.add_argument(
+        "--quality_prompts", nargs="+", default=[], metavar="FILE",
+        help="Prompts for hps and aesthetic, and for all without a dataset: a line each, or JSON lists as HPSv2's.",
+    )  # fmt: skip
     parser.add_argument("--cache_dir", default=None, help="Where models and datasets from the Hub are stored.")
     parser.add_argument(
         "--sampler", nargs="+", default=["own:50"], metavar="NAME:STEPS", help=f"Of {', '.join(SAMPLERS)}."
@@ -108,29 +114,52 @@ def parse_args(input_args=None):
     parser.add_argument("--batch_size", type=int, default=8, help="Images at a time.")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="To sample in.")
     parser.add_argument(
-        "--metrics", nargs="+", default=["fdd", "precision_recall", "clip", "sharpness"], help="Names."
-    )
+        "--metrics", nargs="+", default=["fdd", "precision_recall", "clip", "sharpness"],
+        help=f"Of {', '.join(CHOICES)}.",
+    )  # fmt: skip
     parser.add_argument("--dinov2_model_name_or_path", default="facebook/dinov2-base", help="For fdd and precision.")
     parser.add_argument("--dinov2_resolution", type=int, default=224, help="Side of the images that it sees.")
-    parser.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch16", help="For clip.")
     parser.add_argument(
-        "--inception_weights", default=None, help="For fid: InceptionV3 as TorchScript that takes uint8 images."
+        "--inception_weights", default=None, help="For fid: InceptionV3 as TorchScript; torch-fidelity's by default."
+    )
+    parser.add_argument("--clip_model_name_or_path", default="openai/clip-vit-base-patch16", help="For clip.")
+    parser.add_argument("--hps_weights", default=None, help="For hps: a file of xswu/HPSv2, by default version 2.0's.")
+    parser.add_argument(
+        "--hps_clip_model_name_or_path", default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        help="For hps: configuration and tokenizer.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--aesthetic_weights", default=None, help="For aesthetic: LAION's file; by default trl-lib's copy on the Hub."
+    )
+    parser.add_argument(
+        "--aesthetic_clip_model_name_or_path", default="openai/clip-vit-large-patch14", help="For aesthetic."
     )
     parser.add_argument("--nearest_k", type=int, default=5, help="Neighbours, for precision and recall.")
     parser.add_argument("--num_bootstrap", type=int, default=100, help="Resamples for the 95 %% intervals.")
+    parser.add_argument("--num_gallery", type=int, default=24, help="Prompts in report.html's gallery.")
+    parser.add_argument(
+        "--votes", nargs="+", default=[], metavar="FILE", help="Votes that the blind comparison in report.html saved."
+    )
+    parser.add_argument(
+        "--update_model_card", default=None, metavar="PATH",
+        help="A pipeline's card, or NAME=PATH for that of pipeline NAME: its results become the card's metadata.",
+    )  # fmt: skip
     parser.add_argument("--output_dir", default="report", help="Where images and reports are written.")
     args = parser.parse_args(input_args)
 
-    for option in ("pipelines", "lora"):
+    for option in ("pipelines", "lora", "checkpoints"):
         pairs = [value.partition("=") for value in getattr(args, option)]
         if not all(name and path for name, _, path in pairs):
             parser.error(f"--{option} takes NAME=PATH, not {' '.join(getattr(args, option))}.")
         if len({name for name, _, _ in pairs}) < len(pairs):
             parser.error(f"--{option} has a name twice.")
         setattr(args, option, {name: path for name, _, path in pairs})
-    for name in args.pipelines:
-        if Path(name).name != name or name.startswith("."):
-            parser.error(f"--pipelines: {name!r} cannot be a folder's name.")
+    if not args.pipelines and not args.checkpoints:
+        parser.error("--pipelines or --checkpoints must name what is compared.")
+    for option in ("pipelines", "checkpoints"):
+        for name in getattr(args, option):
+            if Path(name).name != name or name.startswith(".") or "@" in name:
+                parser.error(f"--{option}: {name!r} cannot be a folder's name.")
     for name in args.lora.keys() - args.pipelines.keys():
         parser.error(f"--lora: there is no pipeline {name}.")
     samplers = []
@@ -140,22 +169,83 @@ def parse_args(input_args=None):
             parser.error(f"--sampler {value}: give NAME:STEPS with one of {', '.join(SAMPLERS)}.")
         samplers.append((name, int(steps)))
     args.sampler = samplers
-    unknown = [name for name in args.metrics if name not in METRICS]
+    unknown = [name for name in args.metrics if name not in CHOICES]
     if unknown:
-        parser.error(f"--metrics {' '.join(unknown)} not known; choose from {', '.join(METRICS)}.")
-    if "fid" in args.metrics and args.inception_weights is None:
-        parser.error(
-            "--metrics fid needs --inception_weights: InceptionV3 as TorchScript, such as NVIDIA's "
-            "inception-2015-12-05.pt from the StyleGAN3 release."
-        )
-    if args.inception_weights is not None and not Path(args.inception_weights).is_file():
-        parser.error(f"--inception_weights {args.inception_weights} does not exist.")
+        parser.error(f"--metrics {' '.join(unknown)} not known; choose from {', '.join(CHOICES)}.")
+    if args.dataset_name is None and not args.quality_prompts:
+        parser.error("Name --dataset_name or --quality_prompts.")
+    without = [name for name in args.metrics if name in NEED_REAL_IMAGES and args.dataset_name is None]
+    if without:
+        parser.error(f"--metrics {' '.join(without)} compare with real images: name --dataset_name.")
     for name in ("num_images", "batch_size", "nearest_k", "dinov2_resolution"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name} must be greater than 0, not {getattr(args, name)}.")
-    if args.num_bootstrap < 0:
-        parser.error(f"--num_bootstrap must not be negative, not {args.num_bootstrap}.")
+    for name in ("num_bootstrap", "num_gallery"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, not {getattr(args, name)}.")
     return args
+
+
+@dataclass
+class Candidate:
+    """A pipeline to compare: a saved one, or the network of a training run's checkpoint in its pipeline."""
+
+    name: str
+    path: str
+    lora: str | None = None
+    network: str | None = None  # a folder whose weights replace the pipeline's network
+    run: str | None = None
+    iteration: int | None = None
+    training: dict | None = None  # the facts in `adt_config.json`
+
+
+def find_candidates(args) -> list[Candidate]:
+    candidates = []
+    for name, path in args.pipelines.items():
+        lora = args.lora.get(name)
+        candidates.append(Candidate(name, path, lora, training=read_training_facts(lora or path, args)))
+    for run, folder in args.checkpoints.items():
+        candidates += list_checkpoints(run, Path(folder))
+    return candidates
+
+
+def read_training_facts(path, args) -> dict | None:
+    """What a training run wrote beside its result; None where there was none."""
+    file = Path(path, "adt_config.json")
+    if not Path(path).is_dir():
+        try:
+            file = hf_hub_download(path, "adt_config.json", cache_dir=args.cache_dir)
+        except (EntryNotFoundError, ValueError):  # the repository has none, or this is no repository
+            return None
+        except OSError as error:
+            raise EvaluationError(f"--pipelines: {path} cannot be read from the Hub: {error}") from error
+    return json.loads(Path(file).read_text()) if Path(file).is_file() else None
+
+
+def list_checkpoints(run, folder) -> list[Candidate]:
+    """The checkpoints of a training run as pipelines.
+
+    Those of adapters go onto the base, others into the run's result, or into the base as long as there is none.
+    """
+    found = {}
+    for manifest in folder.glob("checkpoint-*/adt_checkpoint.json"):
+        facts = json.loads(manifest.read_text())
+        found[facts["iteration"]] = manifest.parent, facts["config"]["pretrained_model_name_or_path"]
+    if not found:
+        raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
+    candidates = []
+    for iteration, (checkpoint, base) in sorted(found.items()):
+        candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration)
+        averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
+        trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
+        if trained:
+            candidate.network = str((averaged or trained)[0])
+            if (folder / "model_index.json").is_file():
+                candidate.path = str(folder)
+        else:
+            candidate.lora = str((averaged or [checkpoint])[0])
+        candidates.append(candidate)
+    return candidates
 
 
 def load_reference(args):
@@ -186,6 +276,25 @@ def load_reference(args):
     return dataset, [caption or "" for caption in captions]
 
 
+def load_prompts(files) -> list[str]:
+    """The prompts of text files, a line each, and of JSON files, each a list or a dict of lists."""
+    prompts = []
+    for file in files:
+        try:
+            text = Path(file).read_text()
+            found = json.loads(text) if Path(file).suffix == ".json" else text.splitlines()
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"--quality_prompts {file} cannot be read: {error}") from error
+        if isinstance(found, dict):
+            found = [prompt for part in found.values() for prompt in part]
+        if not isinstance(found, list) or not all(isinstance(prompt, str) for prompt in found):
+            raise EvaluationError(f"--quality_prompts {file} is not a list of prompts.")
+        prompts += [prompt.strip() for prompt in found if prompt.strip()]
+    if not prompts:
+        raise EvaluationError("--quality_prompts has no prompts.")
+    return prompts
+
+
 def open_reference(dataset, index, args) -> Image.Image:
     """Raises `EvaluationError`, naming the image, where it does not decode."""
     record = dataset[index][args.image_column]
@@ -210,18 +319,20 @@ def load_index(path, args) -> dict:
     return index
 
 
-def load_pipeline(name, args, device):
-    path = args.pipelines[name]
-    index = load_index(path, args)
+def load_pipeline(candidate, args, device):
+    index = load_index(candidate.path, args)
     # Components that are absent must be said to be; a safety checker would blacken images at random.
     absent = {key: None for key, value in index.items() if isinstance(value, list) and None in value}
     if "safety_checker" in index:
         absent |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(
-        path, torch_dtype=getattr(torch, args.dtype), cache_dir=args.cache_dir, **absent
-    )
-    if name in args.lora:
-        pipeline.load_lora_weights(args.lora[name])
+    dtype = getattr(torch, args.dtype)
+    pipeline = DiffusionPipeline.from_pretrained(candidate.path, torch_dtype=dtype, cache_dir=args.cache_dir, **absent)
+    if candidate.network is not None:
+        role = "unet" if hasattr(pipeline, "unet") else "transformer"
+        network = type(getattr(pipeline, role)).from_pretrained(candidate.network, torch_dtype=dtype)
+        pipeline.register_modules(**{role: network})
+    if candidate.lora is not None:
+        pipeline.load_lora_weights(candidate.lora)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -290,303 +401,155 @@ def generate(pipeline, captions, steps, guidance_scale, settings, directory, arg
     accelerator.wait_for_everyone()
 
 
-def square(image, size):
-    """A PIL image to RGB, its short side to `size` (bicubic with antialiasing), and its centre."""
-    return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+def find_card(value, candidates) -> tuple[str, Path]:
+    """The pipeline whose results a card gets, and the card's file."""
+    names = {candidate.name for candidate in candidates}
+    name, _, path = value.partition("=")
+    if name not in names:
+        name, path = None, value
+    card = Path(path)
+    card = card / "README.md" if card.is_dir() else card
+    if not card.is_file():
+        raise EvaluationError(f"--update_model_card: {card} does not exist.")
+    for candidate in candidates:
+        if name is None and card.parent.resolve() == Path(candidate.lora or candidate.path).resolve():
+            name = candidate.name
+    if name is None:
+        raise EvaluationError(
+            f"--update_model_card: {card} is not in the folder of one of the pipelines; write NAME={value}, with NAME "
+            f"of {', '.join(sorted(names))}."
+        )
+    return name, card
 
 
-def pixels(image) -> torch.Tensor:
-    """(3, H, W), uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def normalise(images, statistics):
-    """PIL images of one size to a float tensor (B, 3, H, W) as a network expects it."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
-    return torch.stack([(pixels(image) / 255 - mean) / std for image in images])
-
-
-class Loaded:
-    """A row of things that are loaded when a slice of it is taken: thousands of images do not fit into memory."""
-
-    def __init__(self, load, count):
-        self.load, self.count = load, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, part):
-        return [self.load(index) for index in range(*part.indices(self.count))]
-
-
-def in_batches(function, items, batch_size):
-    """`function` over slices of at most `batch_size` of `items`, concatenated."""
-    with torch.no_grad():
-        return torch.cat([function(items[n : n + batch_size]).cpu() for n in range(0, len(items), batch_size)])
-
-
-class DINOv2Features:
-    """The CLS token after the last block."""
-
-    def __init__(self, args, device):
-        self.resolution, self.device = args.dinov2_resolution, device
-        self.model = AutoModel.from_pretrained(args.dinov2_model_name_or_path, cache_dir=args.cache_dir)
-        self.model.float().eval().to(device)
-        name = Path(args.dinov2_model_name_or_path).name
-        self.record = {"features": f"{name}, CLS token", "resize": f"{self.resolution}, bicubic, centre crop"}
-
-    def __call__(self, images):
-        inputs = normalise([square(image, self.resolution) for image in images], IMAGENET)
-        return self.model(inputs.to(self.device)).last_hidden_state[:, 0].double()
-
-
-class InceptionFeatures:
-    """InceptionV3's pooled features by a TorchScript that resizes its uint8 input itself."""
-
-    def __init__(self, args, device):
-        self.model, self.device = torch.jit.load(args.inception_weights, map_location=device).eval(), device
-        self.record = {"features": f"InceptionV3, {Path(args.inception_weights).name}", "resize": "by the network"}
-
-    def __call__(self, images):
-        return self.model(
-            torch.stack([pixels(image) for image in images]).to(self.device), return_features=True
-        ).double()
-
-
-class CLIPScore:
-    """100 times the cosine between the image's and the caption's embedding."""
-
-    def __init__(self, args, device):
-        path, self.device = args.clip_model_name_or_path, device
-        self.model = CLIPModel.from_pretrained(path, cache_dir=args.cache_dir).float().eval().to(device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(path, cache_dir=args.cache_dir)
-        self.resolution = self.model.config.vision_config.image_size
-        self.record = {"features": Path(path).name, "resize": f"{self.resolution}, bicubic, centre crop"}
-
-    def __call__(self, pairs):
-        inputs = normalise([square(image, self.resolution) for image, _ in pairs], CLIP)
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            [caption for _, caption in pairs], padding="max_length", max_length=length, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        output = self.model(pixel_values=inputs.to(self.device), **tokens.to(self.device))
-        return 100 * (output.image_embeds * output.text_embeds).sum(1)
-
-
-def laplacian_variance(images) -> torch.Tensor:
-    """(B,): of the grey image (0.299 R + 0.587 G + 0.114 B, rounded), borders mirrored without the edge, as OpenCV."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=torch.float64).view(1, 1, 3, 3)
-    values = []
-    for image in images:
-        grey = torch.from_numpy(np.array(image.convert("L"))).double()[None, None]
-        values.append(F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), kernel).var(correction=0))
-    return torch.stack(values)
-
-
-class Passthrough(nn.Module):
-    """Lets torchmetrics take features where it expects images."""
-
-    def __init__(self, num_features):
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features):
-        return features
-
-
-def frechet_distance(real, generated) -> float:
-    """Of two sets of features, (N, C) and (M, C), float64. By one process, so that no other is waited for."""
-    metric = FrechetInceptionDistance(Passthrough(real.shape[1]), sync_on_compute=False)
-    metric.set_dtype(torch.float64)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return metric.compute().item()
-
-
-def precision_and_recall(real, generated, nearest_k) -> dict:
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of images
-        result = compute_prdc(real.float().numpy(), generated.float().numpy(), nearest_k)
-    return {"precision": float(result["precision"]), "recall": float(result["recall"])}
-
-
-def bootstrap_interval(function, count, args):
-    """The 2.5 % and 97.5 % percentiles of `function(indices)` over resampled indices; None without resamples.
-
-    Moved so that their mean is the value itself: a Fréchet distance grows when images are drawn twice.
-    """
-    if args.num_bootstrap == 0:
-        return None
-    generator = np.random.default_rng(args.seed)
-    values = [function(torch.from_numpy(generator.integers(count, size=count))) for _ in range(args.num_bootstrap)]
-    return (np.percentile(values, [2.5, 97.5]) - np.mean(values) + function(torch.arange(count))).tolist()
-
-
-def measure(images, captions, reference, models, args) -> dict:
-    """All metrics of one set of images: `{name: {"value", "interval", "n", ...}}`, with "scores" where per image."""
-    count, results = len(images), {}
-
-    def per_image(name, scores, record):
-        mean = bootstrap_interval(lambda indices: scores[indices].mean().item(), count, args)
-        results[name] = {"value": scores.mean().item(), "interval": mean, "n": count, **record}
-        results[name]["scores"] = scores.tolist()
-
-    for metric, key in (("fid", "inception"), ("fdd", "dinov2")):
-        if metric in args.metrics:
-            features = in_batches(models[key], images, args.batch_size)
-            real = reference[key]
-            interval = bootstrap_interval(
-                lambda indices, real=real, features=features: frechet_distance(real, features[indices]), count, args
-            )
-            value = frechet_distance(real, features)
-            results[metric] = {"value": value, "interval": interval, "n": count, **models[key].record}
-    if "precision_recall" in args.metrics:
-        features, real = in_batches(models["dinov2"], images, args.batch_size), reference["dinov2"]
-        record = models["dinov2"].record | {"k": args.nearest_k}
-        for name, value in precision_and_recall(real, features, args.nearest_k).items():
-            # Not resampled: an image drawn twice is its own nearest neighbour.
-            results[name] = {"value": value, "interval": None, "n": count, **record}
-    if "clip" in args.metrics:
-        pairs = Loaded(lambda index: (images[index : index + 1][0], captions[index]), count)
-        per_image("clip", in_batches(models["clip"], pairs, args.batch_size).double(), models["clip"].record)
-    if "sharpness" in args.metrics:
-        per_image("sharpness", in_batches(laplacian_variance, images, args.batch_size), {"resize": "none"})
-    return results
-
-
-def win_rate(first, second) -> float:
-    """The share of images in which the first one's score is higher; a tie is half a win."""
-    first, second = np.asarray(first), np.asarray(second)
-    return float((first > second).mean() + 0.5 * (first == second).mean())
-
-
-def write_report(runs, warnings, args):
-    """`report.json` with everything, and `report.md` with a row for each pipeline, sampler and guidance scale."""
-    names = list(runs[0]["metrics"])
-    lines = ["# Comparison", "", *(f"> {warning}" for warning in warnings), ""]
-    lines += ["| pipeline | sampler | steps | guidance | " + " | ".join(names) + " |"]
-    lines += ["|---|---|---:|---:|" + "---:|" * len(names)]
-    for run in runs:
-        cells = []
-        for name in names:
-            value, interval = run["metrics"][name]["value"], run["metrics"][name]["interval"]
-            cells.append(f"{value:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else ""))
-        row = [run["pipeline"], run["sampler"], run["steps"], run["guidance_scale"], *cells]
-        lines.append("| " + " | ".join(map(str, row)) + " |")
-    wins = []
-    for first, second in combinations(runs, 2):
-        same = all(first[key] == second[key] for key in ("sampler", "steps", "guidance_scale"))
-        for name in names if same else []:
-            if "scores" in first["metrics"][name]:
-                scores = (run["metrics"][name]["scores"] for run in (first, second))
-                wins.append(
-                    {key: first[key] for key in ("sampler", "steps", "guidance_scale")}
-                    | {"metric": name, "first": first["pipeline"], "second": second["pipeline"]}
-                    | {"win_rate": win_rate(*scores)}
-                )
-    if wins:
-        lines += [
-            "",
-            "## Win rates",
-            "",
-            "| metric | sampler | guidance | wins | over | share |",
-            "|---|---|---:|---|---|---:|",
-        ]
-        for win in wins:
-            sampler = f"{win['sampler']} {win['steps']}"
-            row = (
-                win["metric"],
-                sampler,
-                win["guidance_scale"],
-                win["first"],
-                win["second"],
-                f"{win['win_rate']:.1%}",
-            )
-            lines.append("| " + " | ".join(map(str, row)) + " |")
-    lines += ["", "## How each number was made", ""]
-    for name in names:
-        record = {
-            key: value for key, value in runs[0]["metrics"][name].items() if key not in ("value", "interval", "scores")
-        }
-        about = METRICS.get(name) or METRICS["precision_recall"]
-        lines.append(f"- **{name}**: {about}. " + ", ".join(f"{key} {value}" for key, value in record.items()) + ".")
-    lines.append(f"\nIntervals: 95 %, bootstrap over images, {args.num_bootstrap} resamples.")
-    Path(args.output_dir, "report.md").write_text("\n".join(lines) + "\n")
-    report = {"runs": runs, "win_rates": wins, "warnings": warnings}
-    Path(args.output_dir, "report.json").write_text(json.dumps(report, indent=2) + "\n")
+def prompt_set(metric, sets) -> str:
+    """Which prompts a metric takes: "quality" for quality scores where there are such prompts, else "test"."""
+    return "quality" if "quality" in sets and (metric in QUALITY or "test" not in sets) else "test"
 
 
 def main(args):
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     # Everything that can be refused before an image is made.
-    indices = {name: load_index(path, args) for name, path in args.pipelines.items()}
-    dataset, captions = load_reference(args)
-    own = range(accelerator.process_index, len(captions), accelerator.num_processes)
-    for index in tqdm(own, desc="Checking images", disable=not accelerator.is_local_main_process, leave=False):
-        open_reference(dataset, index, args)
-    if {"fdd", "precision_recall"} & set(args.metrics):
-        patch_size = AutoConfig.from_pretrained(args.dinov2_model_name_or_path, cache_dir=args.cache_dir).patch_size
-        if args.dinov2_resolution % patch_size:
-            raise EvaluationError(f"--dinov2_resolution {args.dinov2_resolution} is not a multiple of {patch_size}.")
-    if "precision_recall" in args.metrics and len(captions) <= args.nearest_k + 1:
+    candidates = find_candidates(args)
+    for candidate in candidates:
+        load_index(candidate.path, args)
+    dataset, sets = None, {}
+    if args.dataset_name is not None:
+        dataset, sets["test"] = load_reference(args)
+        own = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        for index in tqdm(own, desc="Checking images", disable=not accelerator.is_local_main_process, leave=False):
+            open_reference(dataset, index, args)
+    if args.quality_prompts:
+        sets["quality"] = load_prompts(args.quality_prompts)
+    metrics = {name: [metric for metric in args.metrics if prompt_set(metric, sets) == name] for name in sets}
+    sets = {name: prompts for name, prompts in sets.items() if metrics[name]}
+    if "precision_recall" in args.metrics and len(dataset) <= args.nearest_k + 1:
         raise EvaluationError(f"--nearest_k {args.nearest_k} needs more than {args.nearest_k + 1} images.")
-    warnings = []
-    if {"fid", "fdd"} & set(args.metrics) and len(captions) < FEW_IMAGES:
-        warnings.append(
-            f"{len(captions)} images are few for a Fréchet distance: its bias grows as they get fewer. Compare only "
+    check_options(args)
+    networks = load_networks(args) if accelerator.is_main_process else {}
+    if args.resolution is None:
+        args.resolution = default_resolution(candidates[0], args)
+
+    runs = [
+        {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
+        for candidate, (sampler, steps), guidance_scale in product(candidates, args.sampler, args.guidance_scale)
+    ]
+    for run in runs:
+        setting = f"{run['sampler']}-{run['steps']}-guidance-{run['guidance_scale']:g}"
+        run["images"] = {name: str(Path("images", name, run["pipeline"], setting)) for name in sets}
+    report = {
+        "settings": {
+            **{
+                name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "split", "seed", "dtype")
+            },
+            "num_images": None if dataset is None else len(dataset),
+            "quality_prompts": ", ".join(Path(file).name for file in args.quality_prompts) or None,
+            "resolution": args.resolution,
+            "seed": args.seed,
+            "dtype": args.dtype,
+            "num_bootstrap": args.num_bootstrap,
+        },
+        "pipelines": [asdict(candidate) for candidate in candidates],
+        "runs": runs,
+        "warnings": [],
+    }
+    if {"fid", "fdd"} & set(args.metrics) and len(dataset) < FEW_IMAGES:
+        report["warnings"].append(
+            f"{len(dataset)} images are few for a Fréchet distance: its bias grows as they get fewer. Compare only "
             "numbers with the same count."
         )
+    count_votes(args.votes, report)
+    card = None if args.update_model_card is None else find_card(args.update_model_card, candidates)
 
-    runs, directories = [], []
-    for name in indices:
-        pipeline = load_pipeline(name, args, accelerator.device)
-        if args.resolution is None:
-            network = getattr(pipeline, "unet", None) or pipeline.transformer
-            args.resolution = network.config.sample_size * pipeline.vae_scale_factor
+    for candidate in candidates:
+        pipeline = load_pipeline(candidate, args, accelerator.device)
         base = pipeline.scheduler
-        for (sampler, steps), guidance_scale in product(args.sampler, args.guidance_scale):
-            pipeline.scheduler = make_scheduler(sampler, base)
-            settings = {
-                "pipeline": args.pipelines[name],
-                "lora": args.lora.get(name),
-                "scheduler": type(pipeline.scheduler).__name__,
-                "steps": steps,
-                "guidance_scale": guidance_scale,
-                "resolution": args.resolution,
-                "seed": args.seed,
-                "dtype": args.dtype,
-                "captions": hashlib.sha256("\0".join(captions).encode()).hexdigest(),
-            }
-            directory = Path(args.output_dir, "images", name, f"{sampler}-{steps}-guidance-{guidance_scale:g}")
-            generate(pipeline, captions, steps, guidance_scale, settings, directory, args, accelerator)
-            runs.append({"pipeline": name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale})
-            directories.append(directory)
+        for run in runs:
+            if run["pipeline"] != candidate.name:
+                continue
+            pipeline.scheduler = make_scheduler(run["sampler"], base)
+            for name, prompts in sets.items():
+                settings = {
+                    "pipeline": candidate.path,
+                    "lora": candidate.lora,
+                    "network": candidate.network,
+                    "scheduler": type(pipeline.scheduler).__name__,
+                    "steps": run["steps"],
+                    "guidance_scale": run["guidance_scale"],
+                    "resolution": args.resolution,
+                    "seed": args.seed,
+                    "dtype": args.dtype,
+                    "captions": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
+                }
+                directory = Path(args.output_dir, run["images"][name])
+                generate(
+                    pipeline, prompts, run["steps"], run["guidance_scale"], settings, directory, args, accelerator
+                )
         del pipeline
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        evaluate(report, sets, metrics, dataset, networks, card, args, accelerator.device)
+    accelerator.end_training()
 
-    models = {}
-    if {"fdd", "precision_recall"} & set(args.metrics):
-        models["dinov2"] = DINOv2Features(args, accelerator.device)
-    if "fid" in args.metrics:
-        models["inception"] = InceptionFeatures(args, accelerator.device)
-    if "clip" in args.metrics:
-        models["clip"] = CLIPScore(args, accelerator.device)
-    real = Loaded(lambda index: square(open_reference(dataset, index, args), args.resolution), len(captions))
-    reference = {
-        key: in_batches(models[key], real, args.batch_size) for key in ("dinov2", "inception") if key in models
-    }
-    for run, directory in zip(runs, directories, strict=True):
-        images = Loaded(
-            lambda index, directory=directory: Image.open(directory / f"{index:06d}.png").convert("RGB"), len(captions)
-        )
-        run["metrics"] = measure(images, captions, reference, models, args)
-    write_report(runs, warnings, args)
+
+def default_resolution(candidate, args) -> int:
+    """What the pipeline draws when nothing is said, from its configurations alone."""
+    index = load_index(candidate.path, args)
+    role = "unet" if "unet" in index else "transformer"
+    network = getattr(diffusers, index[role][1]).load_config(candidate.path, subfolder=role, cache_dir=args.cache_dir)
+    vae = getattr(diffusers, index["vae"][1]).load_config(candidate.path, subfolder="vae", cache_dir=args.cache_dir)
+    return network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def evaluate(report, sets, metrics, dataset, networks, card, args, device):
+    """Measures the images of every run, and writes the reports and the card."""
+    for network in networks.values():
+        network.to(device)
+    real, reference = None, {}
+    if "test" in sets:
+        real = Loaded(lambda index: square(open_reference(dataset, index, args), args.resolution), len(dataset))
+        reference = reference_features(real, networks, args)
+    for run in tqdm(report["runs"], desc="Measuring"):
+        run["metrics"] = {}
+        for name, prompts in sets.items():
+            directory = Path(args.output_dir, run["images"][name])
+            images = Loaded(
+                lambda index, directory=directory: Image.open(directory / f"{index:06d}.png").convert("RGB"),
+                len(prompts),
+            )
+            against = reference if name == "test" else {}
+            for metric, result in measure(images, prompts, metrics[name], against, networks, args).items():
+                run["metrics"][metric] = {"prompts": name, **result}
+        # In the order of the list of metrics, wherever their prompts came from.
+        run["metrics"] = {name: run["metrics"][name] for name in METRICS if name in run["metrics"]}
+    real_image = None if real is None else lambda index: real[index : index + 1][0]
+    write_report(report, METRICS, sets, real_image, args.output_dir, args.num_gallery, args.votes)
+    if card is not None:
+        update_model_card(report, METRICS, *card)
     print(Path(args.output_dir, "report.md").read_text())
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except EvaluationError as error:
+    except (EvaluationError, ReportError) as error:
         sys.exit(f"error: {error}")

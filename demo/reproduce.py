@@ -2,10 +2,10 @@
 
     python demo/reproduce.py
 
-From the demo's base pipeline, which predicts the noise on Stable Diffusion 1.5's schedule, each seed is fine-tuned once;
-from there every method gets the same number of iterations on the same images. `evaluate_adt.py` then compares all of
-them on images and captions that no training saw, and `benchmarks/reproduction.md` gets the table. It takes one to two
-hours on two CPU cores; what a stopped run has finished is kept, and the rest is taken up where it was.
+From the demo's base pipeline, which predicts the noise on Stable Diffusion 1.5's schedule, each seed is fine-tuned
+once; from there every method gets the same number of iterations on the same images. `evaluate_adt.py` then compares
+all of them on images and captions that no training saw, and `benchmarks/reproduction.md` gets the table. It takes one
+to two hours on two CPU cores; what a stopped run has finished is kept, and the rest is taken up where it was.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def evaluate(results, args):
     values = {}
     for run in json.loads((report / "report.json").read_text())["runs"]:
         metrics = {name: run["metrics"][name]["value"] for name in METRICS}
-        images = report / "images" / run["pipeline"] / f"{run['sampler']}-{run['steps']}-guidance-3"
+        images = report / run["images"]["test"]
         arrays = [np.array(Image.open(images / f"{index:06d}.png")) for index in range(args.num_images)]
         with torch.no_grad():
             logits = evaluator.logits(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2) / 255)
@@ -162,14 +162,14 @@ def write_report(values, args):
         "    make reproduce",
         "",
         f"From the demo's base pipeline (ε-prediction, Stable Diffusion 1.5's schedule, 32×32 pixels): `start` is "
-        f"{args.fine_tuning_steps} iterations of plain fine-tuning, and each method is {args.steps} iterations more from "
-        f"there, with the demo's settings and one change each. Seeds {', '.join(map(str, args.seeds))}, which decide the "
-        f"training alone. Each number is of {args.num_images} images, of captions and against images that no training "
-        "saw, drawn from the same noise with guidance 3: mean ± standard deviation over the seeds.",
+        f"{args.fine_tuning_steps} iterations of plain fine-tuning, and each method is {args.steps} iterations more "
+        f"from there, with the demo's settings and one change each. Seeds {', '.join(map(str, args.seeds))}, which "
+        f"decide the training alone. Each number is of {args.num_images} images, of captions and against images that "
+        "no training saw, drawn from the same noise with guidance 3: mean ± standard deviation over the seeds.",
         "",
-        "`fid` is the Fréchet distance on the demo evaluator's standardised features, which no discriminator uses; `fdd`, "
-        "precision and recall are on the DINOv2 that the discriminators use. `prompt followed` is the share of images in "
-        "which the evaluator sees all that the caption says.",
+        "`fid` is the Fréchet distance on the demo evaluator's standardised features, which no discriminator uses; "
+        "`fdd`, precision and recall are on the DINOv2 that the discriminators use. `prompt followed` is the share of "
+        "images in which the evaluator sees all that the caption says.",
     ]
     for sampler in SAMPLERS:
         lines += ["", f"## {sampler}", "", "| method | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]

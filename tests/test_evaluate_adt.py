@@ -1,10 +1,10 @@
 """The evaluation, on tiny pipelines of the real classes; each metric against an independent computation."""
 
+import importlib.machinery
 import json
-import os
 import shutil
-import subprocess
 import sys
+import types
 from pathlib import Path
 
 import cv2
@@ -14,10 +14,13 @@ import scipy.linalg
 import tiny
 import torch
 from conftest import reset_accelerate
+from helpers import run_two_processes
 from PIL import Image, ImageFilter
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import evaluate_adt as evaluation
+import evaluate_metrics as metrics
+import evaluate_report
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +72,7 @@ def run(options, tmp_path):
 
 @pytest.fixture
 def pictures(test_set_path):
-    return [evaluation.square(Image.open(file), 16) for file in sorted(Path(test_set_path).glob("*.png"))]
+    return [metrics.square(Image.open(file), 16) for file in sorted(Path(test_set_path).glob("*.png"))]
 
 
 def test_report_has_every_pipeline_sampler_and_metric(run, tmp_path):
@@ -86,7 +89,7 @@ def test_report_has_every_pipeline_sampler_and_metric(run, tmp_path):
             assert values["n"] == 10 and np.isfinite(values["value"]), name
         low, high = result["metrics"]["clip"]["interval"]
         assert low <= high
-    assert len(report["win_rates"]) == 2 * 4 and all(0 <= win["win_rate"] <= 1 for win in report["win_rates"])
+    assert len(report["win_rates"]) == 4 and all(0 <= win["win_rate"] <= 1 for win in report["win_rates"])
     assert "few for a Fréchet distance" in report["warnings"][0]
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| two | dpmsolver++ | 2 | 5.0 |" in text and "few for a Fréchet" in text
@@ -97,7 +100,7 @@ def test_every_pipeline_sees_the_same_noise(run, tmp_path, sd15_path):
     run("--pipelines", f"one={sd15_path}", f"copy={tmp_path / 'copy'}", "--metrics", "sharpness", "--batch_size", 3)
     for index in range(10):
         files = [
-            tmp_path / "report" / "images" / name / "ddim-2-guidance-7" / f"{index:06d}.png"
+            tmp_path / "report" / "images" / "test" / name / "ddim-2-guidance-7" / f"{index:06d}.png"
             for name in ("one", "copy")
         ]
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -109,7 +112,7 @@ def test_images_are_what_the_pipeline_makes(run, tmp_path, sd15_path):
     image = pipeline(
         "a blue stripes 2", generator=evaluation.image_generator(0, 2), num_inference_steps=2, guidance_scale=7.0
     ).images[0]
-    file = tmp_path / "report" / "images" / "one" / "own-2-guidance-7" / "000002.png"
+    file = tmp_path / "report" / "images" / "test" / "one" / "own-2-guidance-7" / "000002.png"
     assert Image.open(file).tobytes() == image.tobytes()
 
 
@@ -150,7 +153,7 @@ def test_stopped_evaluation_makes_each_missing_image_once(run, options, tmp_path
         patch.setattr(Image.Image, "save", stop)
         with pytest.raises(KeyboardInterrupt):
             run(*only)
-    directory = tmp_path / "report" / "images" / "one" / "ddim-2-guidance-7"
+    directory = tmp_path / "report" / "images" / "test" / "one" / "ddim-2-guidance-7"
     before = {file.name: file.read_bytes() for file in directory.glob("0*.png")}
     assert sorted(before) == [f"{index:06d}.png" for index in range(5)]
     drawn.clear()
@@ -164,11 +167,7 @@ def test_stopped_evaluation_makes_each_missing_image_once(run, options, tmp_path
 def test_two_processes_give_the_same_report(run, options, tmp_path):
     one = run("--batch_size", 1)
     shutil.move(tmp_path / "report", tmp_path / "one")
-    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    subprocess.run(
-        [*torchrun, evaluation.__file__, *options("--batch_size", 1)],
-        check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300,
-    )  # fmt: skip
+    run_two_processes(evaluation.__file__, *options("--batch_size", 1))
     two = json.loads((tmp_path / "report" / "report.json").read_text())
     for file in (tmp_path / "one" / "images").rglob("0*.png"):
         assert file.read_bytes() == (tmp_path / "report" / file.relative_to(tmp_path / "one")).read_bytes()
@@ -198,7 +197,7 @@ def test_options_reach_what_they_name(run, options, tmp_path, sd15_path, test_se
     )  # fmt: skip
     assert seen == {"name": "small", "cache_dir": str(tmp_path / "cache")}
     assert report["runs"][0]["metrics"]["sharpness"]["n"] == 10
-    directory = tmp_path / "report" / "images" / "one" / "ddim-2-guidance-7"
+    directory = tmp_path / "report" / "images" / "test" / "one" / "ddim-2-guidance-7"
     assert Image.open(directory / "000000.png").size == (8, 8)
     settings = json.loads((directory / "settings.json").read_text())
     assert settings["dtype"] == "bfloat16" and settings["resolution"] == 8
@@ -213,12 +212,10 @@ def test_frechet_distance_against_scipy():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(200, 12, generator=generator, dtype=torch.float64)
     other = 1.3 * torch.randn(150, 12, generator=generator, dtype=torch.float64) + 0.2
-    covariances = [np.cov(values.numpy(), rowvar=False) for values in (real, other)]
-    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
-    expected = ((real.mean(0) - other.mean(0)) ** 2).sum().item() + np.trace(sum(covariances) - 2 * root)
-    assert evaluation.frechet_distance(real, other) == pytest.approx(expected, rel=1e-6)
-    assert evaluation.frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
-    assert evaluation.frechet_distance(real[torch.randperm(200, generator=generator)], other) == pytest.approx(
+    expected = expected_frechet_distance(real.numpy(), other.numpy())
+    assert metrics.frechet_distance(real, other) == pytest.approx(expected, rel=1e-6)
+    assert metrics.frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet_distance(real[torch.randperm(200, generator=generator)], other) == pytest.approx(
         expected, rel=1e-9
     )
 
@@ -227,13 +224,13 @@ def test_precision_and_recall_by_hand():
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
     generated = torch.tensor([[0.5], [1.5], [5.0], [30.0]])
     # Real radii, k = 1: 1, 1, 1, 8; generated: 1, 1, 3.5, 25. Strictly nearer counts.
-    assert evaluation.precision_and_recall(real, generated, 1) == {"precision": 0.75, "recall": 1.0}
-    same = evaluation.precision_and_recall(real, real, 1)
+    assert metrics.precision_and_recall(real, generated, 1) == {"precision": 0.75, "recall": 1.0}
+    same = metrics.precision_and_recall(real, real, 1)
     assert same == {"precision": 1.0, "recall": 1.0}
 
 
 def test_sharpness_is_opencvs(pictures):
-    values = evaluation.laplacian_variance(pictures)
+    values = metrics.laplacian_variance(pictures)
     for picture, value in zip(pictures, values, strict=True):
         grey = np.array(picture.convert("L"))
         assert value.item() == pytest.approx(cv2.Laplacian(grey, cv2.CV_64F).var(), rel=1e-12)
@@ -241,55 +238,195 @@ def test_sharpness_is_opencvs(pictures):
 
 def test_blur_is_worse(pictures, options):
     args = evaluation.parse_args(options())
-    dinov2 = evaluation.DINOv2Features(args, "cpu")
+    dinov2 = metrics.DINOv2Features(args).eval()
     blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
-    reference = {"dinov2": evaluation.in_batches(dinov2, pictures, 4)}
+    reference = {"dinov2": metrics.in_batches(dinov2, pictures, 4)}
     args.metrics = ["fdd", "sharpness"]
-    same, worse = (
-        evaluation.measure(images, [], reference, {"dinov2": dinov2}, args) for images in (pictures, blurred)
-    )
+    same, worse = (metrics.measure(images, [], args.metrics, reference, {"dinov2": dinov2}, args) for images in (pictures, blurred))
     assert same["fdd"]["value"] == pytest.approx(0, abs=1e-7) and worse["fdd"]["value"] > 1e-5
     assert worse["sharpness"]["value"] < 0.5 * same["sharpness"]["value"]
 
 
 def test_clip_score_is_the_models_logits(pictures, options, clip_path):
-    scorer = evaluation.CLIPScore(evaluation.parse_args(options()), "cpu")
+    scorer = metrics.CLIPScore(evaluation.parse_args(options())).eval()
     captions = [f"a red disc {n}" for n in range(len(pictures))]
     scores = scorer(list(zip(pictures, captions, strict=True)))
     model = CLIPModel.from_pretrained(clip_path).eval()
     tokens = scorer.tokenizer(captions, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
-    inputs = evaluation.normalise(pictures, evaluation.CLIP)
+    inputs = metrics.normalise(pictures, metrics.CLIP)
     logits = model(pixel_values=inputs, **tokens).logits_per_image / model.logit_scale.exp()
-    assert torch.allclose(scores, 100 * logits.diagonal(), atol=1e-4)
+    assert torch.allclose(scores.float(), 100 * logits.diagonal(), atol=1e-4)
 
 
-def test_fid_on_given_weights(run, tmp_path, options, capsys):
-    class Inception(torch.nn.Module):
-        def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-            return images.float().mean(dim=(2, 3)) if return_features else images.float()
+class Inception(torch.nn.Module):
+    """Mean colours, behind the interface of the file that StyleGAN's authors share."""
 
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3)) if return_features else images.float()
+
+
+def expected_frechet_distance(first, second):
+    covariances = [np.cov(values, rowvar=False) for values in (first, second)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return ((first.mean(0) - second.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
+
+
+def mean_colours(images):
+    return np.array([np.array(image, dtype=np.float64).mean((0, 1)) for image in images])
+
+
+def test_fid_on_given_weights(run, tmp_path, pictures, sd15_path):
     torch.jit.script(Inception()).save(tmp_path / "inception.pt")
-    report = run("--metrics", "fid", "--inception_weights", tmp_path / "inception.pt")
-    assert report["runs"][0]["metrics"]["fid"]["features"] == "InceptionV3, inception.pt"
-    assert report["runs"][0]["metrics"]["fid"]["value"] > 1
-    for more, sentence in (
-        (("--metrics", "fid"), "needs --inception_weights"),
-        (("--inception_weights", "nowhere.pt"), "nowhere.pt does not exist"),
+    only = ("--pipelines", f"one={sd15_path}", "--metrics", "fid")
+    report = run(*only, "--inception_weights", tmp_path / "inception.pt")
+    result = report["runs"][0]["metrics"]["fid"]
+    assert result["features"] == "inception.pt"
+    images = [Image.open(tmp_path / "report" / "images" / "test" / "one" / "ddim-2-guidance-7" / f"{index:06d}.png")
+              for index in range(10)]  # fmt: skip
+    expected = expected_frechet_distance(mean_colours(pictures), mean_colours(images))
+    assert result["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_fid_by_torch_fidelity(run, options, sd15_path, monkeypatch):
+    """A stand-in for torch-fidelity, which cannot be imported beside a CPU build of PyTorch."""
+
+    class FeatureExtractorInceptionV3(torch.nn.Module):
+        def __init__(self, name, features):
+            super().__init__()
+            assert (name, features) == ("inception-v3-compat", ["2048"])
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            return (images.float().mean(dim=(2, 3)),)
+
+    package, module = types.ModuleType("torch_fidelity"), types.ModuleType("feature_extractor_inceptionv3")
+    package.__spec__ = importlib.machinery.ModuleSpec("torch_fidelity", None)
+    module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
+    only = ("--pipelines", f"one={sd15_path}", "--metrics", "fid")
+    with pytest.raises(
+        evaluation.EvaluationError, match="fid needs InceptionV3: install torch-fidelity, or name incep"
     ):
-        with pytest.raises(SystemExit):
-            evaluation.parse_args(options(*more))
-        assert sentence in capsys.readouterr().err
+        run(*only)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    result = run(*only)["runs"][0]["metrics"]["fid"]
+    assert result["features"] == "InceptionV3 of torch-fidelity" and result["value"] > 1
+
+
+class OpenCLIPTower(torch.nn.Module):
+    """A transformer with OpenCLIP's names, layers and order of operations."""
+
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = torch.nn.ModuleList()
+        for _ in range(layers):
+            block = torch.nn.Module()
+            block.ln_1, block.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+            block.attn = torch.nn.MultiheadAttention(width, heads, batch_first=True)
+            block.mlp = torch.nn.Sequential()
+            block.mlp.add_module("c_fc", torch.nn.Linear(width, 2 * width))
+            block.mlp.add_module("gelu", torch.nn.GELU())
+            block.mlp.add_module("c_proj", torch.nn.Linear(2 * width, width))
+            self.resblocks.append(block)
+
+    def forward(self, x, mask=None):
+        for block in self.resblocks:
+            normed = block.ln_1(x)
+            x = x + block.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
+            x = x + block.mlp(block.ln_2(x))
+        return x
+
+
+class OpenCLIP(torch.nn.Module):
+    """OpenCLIP's CLIP, written from its layout, as an independent computation of the score."""
+
+    def __init__(self, vocabulary, width=32, heads=4, layers=2, size=16, patch=4, length=12, projection=24):
+        super().__init__()
+        normal = lambda *shape: torch.nn.Parameter(torch.randn(shape) * 0.2)  # noqa: E731
+        self.visual = torch.nn.Module()
+        self.visual.conv1 = torch.nn.Conv2d(3, width, patch, patch, bias=False)
+        self.visual.class_embedding = normal(width)
+        self.visual.positional_embedding = normal((size // patch) ** 2 + 1, width)
+        self.visual.ln_pre, self.visual.ln_post = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.visual.transformer = OpenCLIPTower(width, layers, heads)
+        self.visual.proj = normal(width, projection)
+        self.token_embedding = torch.nn.Embedding(vocabulary, width)
+        self.positional_embedding = normal(length, width)
+        self.transformer = OpenCLIPTower(width, layers, heads)
+        self.ln_final = torch.nn.LayerNorm(width)
+        self.text_projection = normal(width, projection)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, images, tokens, ends):
+        patches = self.visual.conv1(images).flatten(2).transpose(1, 2)
+        first = self.visual.class_embedding.expand(len(images), 1, -1)
+        x = self.visual.ln_pre(torch.cat([first, patches], 1) + self.visual.positional_embedding)
+        image = self.visual.ln_post(self.visual.transformer(x)[:, 0]) @ self.visual.proj
+        x = self.token_embedding(tokens) + self.positional_embedding
+        mask = torch.full((tokens.shape[1], tokens.shape[1]), -torch.inf).triu(1)
+        x = self.ln_final(self.transformer(x, mask))
+        text = x[torch.arange(len(x)), ends] @ self.text_projection
+        return torch.nn.functional.cosine_similarity(image, text)
+
+
+def test_hps_is_open_clips_cosine(run, options, pictures, clip_path, sd15_path, tmp_path):
+    torch.manual_seed(1)
+    config = CLIPConfig.from_pretrained(clip_path)
+    config.vision_config.hidden_act = config.text_config.hidden_act = "gelu"
+    shutil.copytree(clip_path, tmp_path / "clip")
+    config.save_pretrained(tmp_path / "clip")
+    network = OpenCLIP(config.text_config.vocab_size).eval()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "HPS.pt")
+    chosen = ("--hps_weights", tmp_path / "HPS.pt", "--hps_clip_model_name_or_path", tmp_path / "clip")
+    scorer = metrics.HPSv2Score(evaluation.parse_args(options(*chosen))).eval()
+    prompts = ["a red disc and more of them"[: 2 + 4 * n] for n in range(len(pictures))]
+    tokens = scorer.tokenizer(prompts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+    ends = (tokens.input_ids == scorer.tokenizer.eos_token_id).int().argmax(1)
+    assert len(set(ends.tolist())) > 2  # of various lengths, one cut
+    with torch.no_grad():
+        expected = 100 * network(metrics.normalise(pictures, metrics.CLIP), tokens.input_ids, ends)
+        scores = scorer(list(zip(pictures, prompts, strict=True)))
+    assert torch.allclose(scores.float(), expected, atol=1e-4) and expected.std() > 0.1
+    result = run("--pipelines", f"one={sd15_path}", "--metrics", "hps", *chosen)["runs"][0]["metrics"]["hps"]
+    assert result["features"] == "HPS.pt" and result["n"] == 10 and len(result["scores"]) == 10
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_aesthetic_score_is_linear_on_the_embedding(options, pictures, clip_path, tmp_path, kind):
+    torch.manual_seed(2)
+    if kind == "mlp":  # the layers of LAION's sac+logos+ava1-l14-linearMSE, with its dropout
+        layers = torch.nn.Sequential(
+            torch.nn.Linear(24, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 8), torch.nn.Dropout(0.1),
+            torch.nn.Linear(8, 4), torch.nn.Linear(4, 1),
+        ).eval()  # fmt: skip
+        state = {f"layers.{name}": value for name, value in layers.state_dict().items()}
+    else:
+        layers = torch.nn.Linear(24, 1)
+        state = layers.state_dict()
+    torch.save(state, tmp_path / "aesthetic.pth")
+    chosen = (
+        "--aesthetic_weights", tmp_path / "aesthetic.pth", "--aesthetic_clip_model_name_or_path", clip_path
+    )  # fmt: skip
+    scorer = metrics.AestheticScore(evaluation.parse_args(options(*chosen))).eval()
+    model = CLIPModel.from_pretrained(clip_path).eval()
+    with torch.no_grad():
+        output = model(
+            pixel_values=metrics.normalise(pictures, metrics.CLIP), input_ids=torch.ones(1, 12, dtype=torch.long)
+        )
+        expected = layers(output.image_embeds)[:, 0]  # which are normalised
+        scores = scorer([(picture, "") for picture in pictures])
+    assert torch.allclose(scores.float(), expected, atol=1e-5) and expected.std() > 1e-4
 
 
 def test_win_rate_and_bootstrap_by_hand(options):
-    assert evaluation.win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == 0.625  # two wins and a tie
+    assert evaluate_report.win_rate([1, 2, 3, 4], [0, 2, 5, 1]) == 0.625  # two wins and a tie
     args = evaluation.parse_args(options("--num_bootstrap", 400))
     values = torch.tensor([0.0, 1.0]).repeat(50)
-    low, high = evaluation.bootstrap_interval(lambda indices: values[indices].mean().item(), 100, args)
+    low, high = metrics.bootstrap_interval(lambda indices: values[indices].mean().item(), 100, args)
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.03) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.03)
-    biased = evaluation.bootstrap_interval(lambda indices: len(set(indices.tolist())) / 100, 100, args)
+    biased = metrics.bootstrap_interval(lambda indices: len(set(indices.tolist())) / 100, 100, args)
     assert biased[0] < 1.0 < biased[1]  # every resample has about 63 different ones, the set itself 100
-    assert evaluation.bootstrap_interval(None, 100, evaluation.parse_args(options("--num_bootstrap", 0))) is None
+    assert metrics.bootstrap_interval(None, 100, evaluation.parse_args(options("--num_bootstrap", 0))) is None
 
 
 # Bad input
@@ -306,6 +443,9 @@ def test_win_rate_and_bootstrap_by_hand(options):
         (("--pipelines", "../a=x"), "cannot be a folder's name"),
         (("--lora", "three=x"), "there is no pipeline three"),
         (("--num_images", 0), "--num_images must be greater than 0"),
+        (("--num_gallery", -1), "--num_gallery must not be negative"),
+        (("--checkpoints", "run"), "takes NAME=PATH"),
+        (("--checkpoints", "a@b=run"), "cannot be a folder's name"),
     ],
 )
 def test_bad_options(options, capsys, more, sentence):
@@ -323,11 +463,29 @@ def test_bad_options(options, capsys, more, sentence):
         (("--image_column", "picture"), "picture is not a column"),
         (("--dinov2_resolution", 18), "18 is not a multiple of 4"),
         (("--nearest_k", 9), "needs more than 10 images"),
+        (("--dinov2_model_name_or_path", "nowhere"), "--dinov2_model_name_or_path nowhere is not a readable model"),
+        (("--clip_model_name_or_path", "nowhere"), "--clip_model_name_or_path nowhere is not a readable model"),
+        (
+            ("--metrics", "fid", "--inception_weights", "nowhere.pt"),
+            "nowhere.pt does not exist: .* inception-2015-12-05.pt from https://",
+        ),
+        (
+            ("--metrics", "hps", "--hps_weights", "nowhere.pt"),
+            "nowhere.pt does not exist: the file is HPS_v2_compressed.pt of https://huggingface.co/xswu/HPSv2",
+        ),
+        (
+            ("--metrics", "aesthetic", "--aesthetic_weights", "nowhere.pth"),
+            "nowhere.pth does not exist: the file is aesthetic-model.pth of https://huggingface.co/trl-lib",
+        ),
+        (("--quality_prompts", "nowhere.txt"), "--quality_prompts nowhere.txt cannot be read"),
+        (("--checkpoints", "a=nowhere"), "nowhere has no checkpoints of a training run"),
+        (("--votes", "nowhere.json"), "nowhere.json"),
+        (("--update_model_card", "nowhere"), "nowhere does not exist"),
     ],
 )
 def test_bad_input_is_refused_before_generating(run, monkeypatch, more, sentence):
     monkeypatch.setattr(evaluation, "load_pipeline", None)
-    with pytest.raises(evaluation.EvaluationError, match=sentence):
+    with pytest.raises((evaluation.EvaluationError, evaluation.ReportError), match=sentence):
         run(*more)
 
 
@@ -358,3 +516,159 @@ def test_flow_matching_has_its_own_scheduler_only(run, sd3_path, tmp_path):
     run("--pipelines", f"bare={without}", "--sampler", "own:2", "--metrics", "sharpness", "--num_images", 2)
     with pytest.raises(evaluation.EvaluationError, match="ddim does not suit a flow-matching model"):
         run("--pipelines", f"other={sd3_path}", "--sampler", "ddim:2")
+
+
+def test_weights_that_cannot_be_downloaded_are_named(run, monkeypatch, clip_path):
+    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(metrics, "hf_hub_download", lambda *args, **kwargs: open("/nowhere/at/all"))
+    for metric, clip, sentence in (
+        ("hps", "hps_clip", "HPS_v2_compressed.pt cannot be downloaded .* name it with --hps_weights"),
+        (
+            "aesthetic",
+            "aesthetic_clip",
+            "aesthetic-model.pth cannot be downloaded .* name it with --aesthetic_weights",
+        ),
+    ):
+        with pytest.raises(evaluation.EvaluationError, match=sentence):
+            run("--metrics", metric, f"--{clip}_model_name_or_path", clip_path)
+
+
+def test_weights_that_do_not_fit_are_named(run, monkeypatch, clip_path, tmp_path):
+    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    file = tmp_path / "weights.pt"
+    for state, sentence in (
+        ({"state_dict": {"visual.something": torch.ones(1)}}, "visual.something, which no OpenCLIP model has"),
+        ({"state_dict": {"logit_scale": torch.ones(())}}, "weights.pt does not fit the named CLIP model"),
+        (None, "weights.pt is not a readable file of weights"),
+    ):
+        torch.save(state, file) if state else file.write_bytes(b"no weights")
+        with pytest.raises(evaluation.EvaluationError, match=sentence):
+            run("--metrics", "hps", "--hps_weights", file, "--hps_clip_model_name_or_path", clip_path)
+    torch.save(torch.nn.Linear(7, 1).state_dict(), file)
+    with pytest.raises(evaluation.EvaluationError, match="weights.pt does not fit the named CLIP model"):
+        run("--metrics", "aesthetic", "--aesthetic_weights", file, "--aesthetic_clip_model_name_or_path", clip_path)
+
+
+# Prompts of their own, checkpoints, votes and cards
+
+
+def test_quality_prompts(run, options, tmp_path, sd15_path, clip_path, capsys):
+    torch.save(torch.nn.Linear(24, 1).state_dict(), tmp_path / "aesthetic.pth")
+    (tmp_path / "anime.json").write_text(json.dumps(["a blue disc", "a red disc"]))
+    (tmp_path / "all.json").write_text(json.dumps({"photo": ["a green disc"]}))
+    (tmp_path / "more.txt").write_text("a small disc\n\n a large disc \n")
+    files = [tmp_path / name for name in ("anime.json", "all.json", "more.txt")]
+    prompts = ["a blue disc", "a red disc", "a green disc", "a small disc", "a large disc"]
+    assert evaluation.load_prompts(files) == prompts
+    chosen = (
+        "--pipelines", f"one={sd15_path}", "--quality_prompts", *files, "--metrics", "aesthetic", "clip", "sharpness",
+        "--aesthetic_weights", tmp_path / "aesthetic.pth", "--aesthetic_clip_model_name_or_path", clip_path,
+    )  # fmt: skip
+    report = run(*chosen)
+    found = {name: (values["prompts"], values["n"]) for name, values in report["runs"][0]["metrics"].items()}
+    assert found == {"aesthetic": ("quality", 5), "clip": ("test", 10), "sharpness": ("test", 10)}
+    assert "real images" in report["runs"][0]["metrics"]["sharpness"]
+
+    # Without a dataset they serve every metric that needs no real images.
+    alone = [str(value) for value in options(*chosen)]
+    position = alone.index("--dataset_name")
+    del alone[position : position + 2]
+    reset_accelerate()
+    shutil.rmtree(tmp_path / "report")
+    evaluation.main(evaluation.parse_args(alone))
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = {name: (values["prompts"], values["n"]) for name, values in report["runs"][0]["metrics"].items()}
+    assert found == dict.fromkeys(("aesthetic", "clip", "sharpness"), ("quality", 5))
+    assert not (tmp_path / "report" / "images" / "test").exists()
+    with pytest.raises(SystemExit):
+        evaluation.parse_args([*alone, "--metrics", "fdd"])
+    assert "fdd compare with real images: name --dataset_name" in capsys.readouterr().err
+
+    for content, sentence in (("[1]", "is not a list of prompts"), ("[", "cannot be read"), ("[]", "has no prompts")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(evaluation.EvaluationError, match=sentence):
+            evaluation.load_prompts([tmp_path / "bad.json"])
+
+
+@pytest.fixture
+def tune(sd15_path, dataset_path, tmp_path):
+    def tune(*more):
+        import train_adt_sd15
+
+        reset_accelerate()
+        train_adt_sd15.main(
+            train_adt_sd15.parse_args(
+                ["--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path, "--resolution", "16",
+                 "--adversarial_loss_weight", "0", "--learning_rate", "1e-2", "--lr_warmup_steps", "0",
+                 "--max_train_steps", "4", "--checkpointing_steps", "2", "--output_dir", str(tmp_path / "tuned"), *more]
+            )
+        )  # fmt: skip
+        return tmp_path / "tuned"
+
+    return tune
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--use_ema", "--ema_decay", "0.5"), ("--use_lora",)], ids=["full", "ema", "lora"]
+)
+def test_a_runs_checkpoints(run, tune, tmp_path, sd15_path, more):
+    output = tune(*more)
+    lora = "--use_lora" in more
+    final = f"base={sd15_path}", f"final={sd15_path if lora else output}"
+    adapters = ("--lora", f"final={output}") if lora else ()
+    only = ("--metrics", "sharpness", "--sampler", "ddim:2", "--num_images", 3)
+    report = run("--pipelines", *final, *adapters, "--checkpoints", f"run={output}", *only)
+    facts = [(entry["name"], entry["run"], entry["iteration"]) for entry in report["pipelines"]]
+    assert facts == [("base", None, None), ("final", None, None), ("run@2", "run", 2), ("run@4", "run", 4)]
+    assert report["pipelines"][1]["training"]["iterations"] == 4 and report["pipelines"][0]["training"] is None
+    values = {result["pipeline"]: result["metrics"]["sharpness"]["scores"] for result in report["runs"]}
+    assert values["run@4"] == values["final"]  # the averaged weights, where there are any
+    assert values["run@2"] != values["final"] and values["run@2"] != values["base"]
+
+    # A run that is not finished has no pipeline yet: its checkpoints go into the base.
+    for file in ("model_index.json", "pytorch_lora_weights.safetensors"):
+        (output / file).unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "report")
+    again = run("--checkpoints", f"run={output}", *only)
+    assert [entry["path"] for entry in again["pipelines"] if entry["run"]] == [sd15_path] * 2
+    assert again["runs"][-1]["metrics"]["sharpness"]["scores"] == values["run@4"]
+
+
+def test_card_gets_the_results_of_its_pipeline(run, tune, tmp_path, sd15_path):
+    output = tune()
+    only = ("--pipelines", f"base={sd15_path}", f"tuned={output}", "--metrics", "sharpness", "clip")
+    report = run(*only, "--update_model_card", output)
+    results = evaluate_report.ModelCard.load(output / "README.md").data.eval_results
+    scores = {result.metric_type: result.metric_value for result in results}
+    for name, value in scores.items():
+        assert value == pytest.approx(report["runs"][1]["metrics"][name]["value"], rel=1e-3)
+    assert "clip" in scores
+    shutil.copy(output / "README.md", tmp_path / "card.md")
+    with pytest.raises(evaluation.EvaluationError, match="card.md is not in the folder of one of the pipelines"):
+        run(*only, "--update_model_card", tmp_path / "card.md")
+    run(*only, "--update_model_card", f"base={tmp_path / 'card.md'}")
+    results = evaluate_report.ModelCard.load(tmp_path / "card.md").data.eval_results
+    values = {result.metric_type: result.metric_value for result in results}
+    assert values["clip"] == pytest.approx(report["runs"][0]["metrics"]["clip"]["value"], rel=1e-3)
+
+
+def test_votes_are_counted(run, tmp_path, sd15_path, sdxl_path):
+    report = run("--metrics", "sharpness")
+    votes = [
+        {"set": "test", "index": index, "prompt": "", "sampler": "ddim", "steps": 2, "guidance_scale": 7.0,
+         "left": "two", "right": "one", "choice": choice}
+        for index, choice in enumerate(["right", "right", "left", "tie"])
+    ]  # fmt: skip
+    data = {"format": "adt-votes/1", "report": evaluate_report.report_id(report), "votes": votes}
+    (tmp_path / "votes.json").write_text(json.dumps(data))
+    (row,) = run("--metrics", "sharpness", "--votes", tmp_path / "votes.json")["human_preference"]
+    assert (row["first"], row["second"], row["n"], row["share"]) == ("one", "two", 4, 0.625)
+    assert "Human preference" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_gallery_size(run, tmp_path, sd15_path):
+    sizes = []
+    for count in (0, 2, 6):
+        run("--pipelines", f"one={sd15_path}", "--metrics", "sharpness", "--num_gallery", count)
+        sizes.append((tmp_path / "report" / "report.html").read_text().count("data:image/png"))
+    assert sizes[1] - sizes[0] == 2 * 2 and sizes[2] - sizes[0] == 2 * 6  # each prompt: the image and the real one
