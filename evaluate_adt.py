@@ -168,7 +168,7 @@ def parse_args(input_args=None):
         if name not in SAMPLERS or not steps.isdigit() or int(steps) == 0:
             parser.error(f"--sampler {value}: give NAME:STEPS with one of {', '.join(SAMPLERS)}.")
         samplers.append((name, int(steps)))
-    args.sampler = samplers
+    args.sampler, args.guidance_scale = list(dict.fromkeys(samplers)), list(dict.fromkeys(args.guidance_scale))
     unknown = [name for name in args.metrics if name not in CHOICES]
     if unknown:
         parser.error(f"--metrics {' '.join(unknown)} not known; choose from {', '.join(CHOICES)}.")
@@ -319,6 +319,20 @@ def load_index(path, args) -> dict:
     return index
 
 
+def check_candidate(candidate, args):
+    """Refuses what is no text-to-image pipeline, adapters that cannot be read, and samplers that do not suit it."""
+    index = load_index(candidate.path, args)
+    if candidate.lora is not None:
+        try:
+            getattr(diffusers, index["_class_name"]).lora_state_dict(candidate.lora, cache_dir=args.cache_dir)
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"--lora: {candidate.lora} has no readable adapters: {error}") from error
+    scheduler_class = getattr(diffusers, index["scheduler"][1])
+    scheduler = scheduler_class.from_pretrained(candidate.path, subfolder="scheduler", cache_dir=args.cache_dir)
+    for sampler, _ in args.sampler:
+        make_scheduler(sampler, scheduler)
+
+
 def load_pipeline(candidate, args, device):
     index = load_index(candidate.path, args)
     # Components that are absent must be said to be; a safety checker would blacken images at random.
@@ -432,7 +446,7 @@ def main(args):
     # Everything that can be refused before an image is made.
     candidates = find_candidates(args)
     for candidate in candidates:
-        load_index(candidate.path, args)
+        check_candidate(candidate, args)
     dataset, sets = None, {}
     if args.dataset_name is not None:
         dataset, sets["test"] = load_reference(args)
@@ -463,7 +477,7 @@ def main(args):
                 name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "split", "seed", "dtype")
             },
             "num_images": None if dataset is None else len(dataset),
-            "quality_prompts": ", ".join(Path(file).name for file in args.quality_prompts) or None,
+            "quality_prompts": ", ".join(Path(file).stem for file in args.quality_prompts) or None,
             "resolution": args.resolution,
             "seed": args.seed,
             "dtype": args.dtype,

@@ -373,7 +373,20 @@ def needs(network, args) -> bool:
 
 
 def load_networks(args) -> dict:
-    return {name: network(args).eval() for name, (network, _) in NETWORKS.items() if needs(name, args)}
+    """The networks of `args.metrics`, on the CPU, so that a file that is missing or damaged is found early.
+
+    Raises:
+        EvaluationError: at the first that cannot be loaded.
+    """
+    networks = {}
+    for name, (network, metrics) in NETWORKS.items():
+        if needs(name, args):
+            try:
+                networks[name] = network(args).eval()
+            except OSError as error:
+                metric = " and ".join(sorted(metrics & set(args.metrics)))
+                raise EvaluationError(f"--metrics {metric}: its network cannot be loaded: {error}") from error
+    return networks
 
 
 # Numbers

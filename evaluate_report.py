@@ -265,19 +265,15 @@ def metric_headers(names, metrics) -> list:
 
 
 def main_table(report, metrics) -> Table:
-    names = metric_names(report["runs"], metrics)
-    count = report["settings"]["num_bootstrap"]
+    runs, count = report["runs"], report["settings"]["num_bootstrap"]
+    names = metric_names(runs, metrics)
     return Table(
         "Results",
         ["pipeline", "sampler", "steps", "guidance", *metric_headers(names, metrics)],
         "llrr" + "r" * len(names),
         [
-            [
-                run["pipeline"],
-                *map(str, setting(run)),
-                *(metric_cell(run, name, report["runs"], metrics) for name in names),
-            ]
-            for run in report["runs"]
+            [run["pipeline"], *map(str, setting(run)), *(metric_cell(run, name, runs, metrics) for name in names)]
+            for run in runs
         ],
         "↓ lower is better, ↑ higher is better; the best with the same sampler, steps and guidance is in bold. "
         + (

@@ -2219,8 +2219,8 @@ def save_result(transformer, vae, sampler, default_size, grids, run, args, accel
 def end_run(accelerator):
     """Closes the trackers and destroys the process group, once nothing of the training refers to either.
 
-    A data-parallel wrapper that outlived the group's end would be the one to destroy it, holding Python's lock, while a
-    thread of gloo's may still want that lock to free a tensor: the process then never ends.
+    A data-parallel wrapper that outlived the group's end would be the one to destroy it, holding Python's lock, while
+    a thread of gloo's may still want that lock to free a tensor: the process then never ends.
     """
     accelerator.free_memory()
     gc.collect()

@@ -116,19 +116,10 @@ def test_images_are_what_the_pipeline_makes(run, tmp_path, sd15_path):
     assert Image.open(file).tobytes() == image.tobytes()
 
 
-def test_adapters(run, tmp_path, sd15_path, dinov2_path, dataset_path):
-    import train_adt_sd15
-
-    reset_accelerate()
-    train_adt_sd15.main(
-        train_adt_sd15.parse_args(
-            ["--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path, "--resolution", "16",
-             "--adversarial_loss_weight", "0", "--use_lora", "--learning_rate", "1e-2", "--lr_warmup_steps", "0",
-             "--max_train_steps", "3", "--output_dir", str(tmp_path / "lora")]
-        )
-    )  # fmt: skip
+def test_adapters(run, tune, sd15_path):
+    output = tune("--use_lora")
     report = run(
-        "--pipelines", f"base={sd15_path}", f"tuned={sd15_path}", "--lora", f"tuned={tmp_path / 'lora'}",
+        "--pipelines", f"base={sd15_path}", f"tuned={sd15_path}", "--lora", f"tuned={output}",
         "--metrics", "sharpness",
     )  # fmt: skip
     base, tuned = (result["metrics"]["sharpness"]["value"] for result in report["runs"])
@@ -205,6 +196,13 @@ def test_options_reach_what_they_name(run, options, tmp_path, sd15_path, test_se
     assert evaluation.load_reference(args)[1] == ["a red disc"] * 9 + [""]
 
 
+def test_readme_has_every_option(options):
+    readme = (Path(evaluation.__file__).parent / "README.md").read_text()
+    section = readme[readme.index("## Evaluate") : readme.index("## Memory and time")]
+    args = vars(evaluation.parse_args(options()))
+    assert len(args) > 25 and [name for name in args if f"| `--{name}` |" not in section] == []
+
+
 # The metrics
 
 
@@ -242,7 +240,10 @@ def test_blur_is_worse(pictures, options):
     blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
     reference = {"dinov2": metrics.in_batches(dinov2, pictures, 4)}
     args.metrics = ["fdd", "sharpness"]
-    same, worse = (metrics.measure(images, [], args.metrics, reference, {"dinov2": dinov2}, args) for images in (pictures, blurred))
+    same, worse = (
+        metrics.measure(images, [], args.metrics, reference, {"dinov2": dinov2}, args)
+        for images in (pictures, blurred)
+    )
     assert same["fdd"]["value"] == pytest.approx(0, abs=1e-7) and worse["fdd"]["value"] > 1e-5
     assert worse["sharpness"]["value"] < 0.5 * same["sharpness"]["value"]
 
@@ -477,6 +478,7 @@ def test_bad_options(options, capsys, more, sentence):
             ("--metrics", "aesthetic", "--aesthetic_weights", "nowhere.pth"),
             "nowhere.pth does not exist: the file is aesthetic-model.pth of https://huggingface.co/trl-lib",
         ),
+        (("--lora", "two=nowhere"), "nowhere has no readable adapters"),
         (("--quality_prompts", "nowhere.txt"), "--quality_prompts nowhere.txt cannot be read"),
         (("--checkpoints", "a=nowhere"), "nowhere has no checkpoints of a training run"),
         (("--votes", "nowhere.json"), "nowhere.json"),
@@ -509,13 +511,14 @@ def test_pipelines_that_are_not_text_to_image_are_refused(run, sd15_path, tmp_pa
         run("--pipelines", f"a={tmp_path / 'other'}")
 
 
-def test_flow_matching_has_its_own_scheduler_only(run, sd3_path, tmp_path):
+def test_flow_matching_has_its_own_scheduler_only(run, sd15_path, sd3_path, tmp_path, monkeypatch):
     report = run("--pipelines", f"sd3={sd3_path}", "--sampler", "own:2", "--metrics", "sharpness", "--num_images", 2)
     assert report["runs"][0]["metrics"]["sharpness"]["n"] == 2
     without = tiny.make_sd3(tmp_path / "without", t5=False)
     run("--pipelines", f"bare={without}", "--sampler", "own:2", "--metrics", "sharpness", "--num_images", 2)
+    monkeypatch.setattr(evaluation, "load_pipeline", None)
     with pytest.raises(evaluation.EvaluationError, match="ddim does not suit a flow-matching model"):
-        run("--pipelines", f"other={sd3_path}", "--sampler", "ddim:2")
+        run("--pipelines", f"first={sd15_path}", f"other={sd3_path}", "--sampler", "ddim:2")
 
 
 def test_weights_that_cannot_be_downloaded_are_named(run, monkeypatch, clip_path):
@@ -547,6 +550,14 @@ def test_weights_that_do_not_fit_are_named(run, monkeypatch, clip_path, tmp_path
     torch.save(torch.nn.Linear(7, 1).state_dict(), file)
     with pytest.raises(evaluation.EvaluationError, match="weights.pt does not fit the named CLIP model"):
         run("--metrics", "aesthetic", "--aesthetic_weights", file, "--aesthetic_clip_model_name_or_path", clip_path)
+
+
+def test_networks_without_weights_are_named(run, monkeypatch, clip_path, tmp_path):
+    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    shutil.copytree(clip_path, tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    with pytest.raises(evaluation.EvaluationError, match="clip: its network cannot be loaded: .*safetensors"):
+        run("--clip_model_name_or_path", tmp_path / "clip")
 
 
 # Prompts of their own, checkpoints, votes and cards
@@ -600,7 +611,8 @@ def tune(sd15_path, dataset_path, tmp_path):
             train_adt_sd15.parse_args(
                 ["--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path, "--resolution", "16",
                  "--adversarial_loss_weight", "0", "--learning_rate", "1e-2", "--lr_warmup_steps", "0",
-                 "--max_train_steps", "4", "--checkpointing_steps", "2", "--output_dir", str(tmp_path / "tuned"), *more]
+                 "--max_train_steps", "4", "--checkpointing_steps", "2", "--output_dir", str(tmp_path / "tuned"),
+                 *more]
             )
         )  # fmt: skip
         return tmp_path / "tuned"
