@@ -547,11 +547,11 @@ def draw_sweep(sweep, metrics) -> Figure:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    # Matplotlib leaves out labels that begin with an underscore, and takes what is between dollars for a formula.
     legend = figure.legend(
-        handles.values(), [f" {label}" for _, label in handles], loc="outside lower center",
+        handles.values(), [label for _, label in handles], loc="outside lower center",
         ncols=min(4, len(handles)), fontsize=9, frameon=False,
     )  # fmt: skip
+    # A pipeline's name may have dollars, between which Matplotlib would look for a formula.
     for entry in legend.get_texts():
         entry.set_parse_math(False)
     return figure

@@ -240,6 +240,17 @@ def test_one_pipeline_has_no_best_and_a_missing_metric_a_dash(write):
     assert "**" not in write(make_report([pipeline("a")]))[0]
 
 
+def test_win_rates_of_checkpoints_are_in_the_table_against_others_only(write):
+    pipelines = [pipeline("a"), *(pipeline(f"b@{n}", run="b", iteration=n) for n in (1, 2))]
+    markdown, _, content = write(make_report(pipelines))
+    assert [(win["first"], win["second"]) for win in content["win_rates"]] == [
+        ("a", "b@1"), ("a", "b@2"), ("b@1", "b@2")
+    ]  # fmt: skip
+    assert "| a | b@2 |" in markdown and "| b@1 | b@2 |" not in markdown
+    assert "Checkpoints among themselves are in report.json." in markdown
+    assert "Checkpoints among" not in write(make_report(pipelines[:2]))[0]
+
+
 def test_sampler_transfer(write):
     settings = [("ddim", 50, 7.0), ("euler", 30, 7.0), ("euler", 30, 1.0)]
     markdown, *_ = write(make_report([pipeline("base"), pipeline("adt", CONFIG)], settings))
@@ -287,14 +298,14 @@ def lines_of(figure):
 
 def test_guidance_and_steps_plots(tmp_path, write):
     settings = [("ddim", 50, 7.0), ("ddim", 50, 1.0), ("ddim", 20, 7.0), ("euler", 30, 7.0)]
-    report = make_report([pipeline("a$x$"), pipeline("_b"), pipeline("c@2", run="c", iteration=2)], settings)
+    report = make_report([pipeline("a$\\x{$"), pipeline("b"), pipeline("c@2", run="c", iteration=2)], settings)
     sweeps = {sweep.name: sweep for sweep in reporting.find_sweeps(report)}
     assert list(sweeps) == ["guidance-ddim-50", "steps-ddim-guidance-7"]
     figure = reporting.draw_sweep(sweeps["guidance-ddim-50"], METRICS)
     lines = lines_of(figure)
     assert list(lines) == ["fdd ↓", "recall ↑", "clip ↑", "sharpness"]
     assert lines["fdd ↓"] == [((1.0, 7.0), (10.1, 10.0)), ((1.0, 7.0), (11.1, 11.0))]  # sorted, no checkpoint
-    assert [entry.get_text().strip() for entry in figure.legends[0].get_texts()] == ["a$x$", "_b"]
+    assert [entry.get_text() for entry in figure.legends[0].get_texts()] == ["a$\\x{$", "b"]
     [band, _] = figure.axes[0].collections
     assert {tuple(point) for point in band.get_paths()[0].vertices} == {(1, 9.1), (1, 12.1), (7, 9), (7, 12)}
     assert lines_of(reporting.draw_sweep(sweeps["steps-ddim-guidance-7"], METRICS))["fdd ↓"][0][0] == (20, 50)
@@ -340,7 +351,7 @@ def test_iteration_plot():
     assert [(level.get_ydata()[0], level.get_linestyle()) for level in (base, adt)] == [(10, "--"), (11, "--")]
     assert line.get_color() == adt.get_color() != base.get_color()  # the run, and what it ended with
     assert len(figure.axes[1].get_lines()) == 2
-    assert [entry.get_text().strip() for entry in figure.legends[0].get_texts()] == ["adt", "base", "adt"]
+    assert [entry.get_text() for entry in figure.legends[0].get_texts()] == ["adt", "base", "adt"]
 
 
 def test_no_plots_without_a_sweep(write, tmp_path):
@@ -593,7 +604,7 @@ def test_blind_votes_are_saved_and_counted(browser, page, tmp_path):
     assert chosen == ["base", "tuned"]
     click(browser, "#start")
     expected, seen = [], []
-    choices = ["left", "tie", "right", "skip", "right", "left", "right"]
+    choices = ["tie", "left", "skip", "right", "left", "tie", "right"]  # by key and by click in turn
     keys = {"left": Keys.ARROW_LEFT, "right": Keys.ARROW_RIGHT, "tie": Keys.ARROW_DOWN, "skip": "s"}
     for number, choice in enumerate(choices, start=1):
         assert browser.find_element(By.ID, "progress").text == f"{number} of 7"
@@ -626,13 +637,19 @@ def test_blind_votes_are_saved_and_counted(browser, page, tmp_path):
     winners = [{"left": left, "right": right}.get(choice) for *_, left, right, choice in expected]
     wins = winners.count("base")
     [row] = reporting.count_votes([file], report)
-    assert (row["first"], row["wins"], row["ties"], row["losses"]) == ("base", wins, 1, 5 - wins)
+    assert (row["first"], row["wins"], row["ties"], row["losses"]) == ("base", wins, 2, 4 - wins)
     cells = [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, "#tally td")]
-    assert cells == ["base", "tuned", str(wins), "1", str(5 - wins), f"{100 * row['share']:.1f}%"]
+    assert cells == ["base", "tuned", str(wins), "2", str(4 - wins), f"{100 * row['share']:.1f}%"]
     # The skipped pair alone is left.
     click(browser, "#start")
     assert browser.find_element(By.ID, "progress").text == "1 of 1"
-    assert current_pair(browser, page)[:2] == seen[3]
+    assert current_pair(browser, page)[:2] == seen[2]
+    click(browser, "[data-choice=skip]")
+    assert browser.find_element(By.ID, "message").text == "6 votes."
+    # In another setting these are other images.
+    choose(browser, "blind-setting", "euler, 30 steps, guidance 1.5")
+    click(browser, "#start")
+    assert browser.find_element(By.ID, "progress").text == "1 of 7"
 
 
 def test_order_and_sides_are_random(browser, page):
@@ -674,6 +691,18 @@ def test_votes_survive_a_reload_and_the_setting_counts(browser, page):
     assert browser.find_element(By.ID, "message").text == "0 votes."
     browser.refresh()
     assert browser.find_element(By.ID, "message").text == "0 votes." and not shown(browser, "save")
+
+
+def test_pairs_that_a_smaller_gallery_lacks_are_not_shown(browser, page, tmp_path):
+    folder, report = page
+    click(browser, "#start")
+    press(browser, Keys.ESCAPE)
+    shutil.copytree(folder / "images", tmp_path / "images")
+    reporting.write_report(copy.deepcopy(report), METRICS, PROMPTS, real_image, tmp_path, 1, [])
+    browser.get((tmp_path / "report.html").as_uri())
+    assert browser.find_element(By.ID, "message").text.startswith("0 votes, 2 of 7 pairs to go")
+    click(browser, "#continue")
+    assert current_pair(browser, page)[1] == 0
 
 
 def test_a_pair_of_one_is_refused(browser):
