@@ -35,7 +35,6 @@ from itertools import product
 from pathlib import Path
 
 import datasets
-import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -46,6 +45,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
@@ -64,7 +64,7 @@ from evaluate_metrics import (
     reference_features,
     square,
 )
-from evaluate_report import ReportError, count_votes, update_model_card, write_report
+from evaluate_report import ReportError, count_votes, load_card, update_model_card, write_report
 
 
 # The class, and what its configuration must say where `from_config`'s default would be wrong.
@@ -177,10 +177,10 @@ def parse_args(input_args=None):
     without = [name for name in args.metrics if name in NEED_REAL_IMAGES and args.dataset_name is None]
     if without:
         parser.error(f"--metrics {' '.join(without)} compare with real images: name --dataset_name.")
-    for name in ("num_images", "batch_size", "nearest_k", "dinov2_resolution"):
-        if getattr(args, name) <= 0:
+    for name in ("num_images", "batch_size", "nearest_k", "dinov2_resolution", "resolution"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} must be greater than 0, not {getattr(args, name)}.")
-    for name in ("num_bootstrap", "num_gallery"):
+    for name in ("num_bootstrap", "num_gallery", "seed"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must not be negative, not {getattr(args, name)}.")
     return args
@@ -267,6 +267,8 @@ def load_reference(args):
             )
     if len(dataset) == 0:
         raise EvaluationError("The dataset is empty.")
+    if not all(isinstance(caption, str | list | None) for caption in dataset[args.caption_column]):
+        raise EvaluationError(f"--caption_column {args.caption_column} has values that are no texts.")
     dataset = dataset.select(range(min(args.num_images, len(dataset))))
     dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
     captions = [
@@ -313,24 +315,12 @@ def load_index(path, args) -> dict:
         index = DiffusionPipeline.load_config(path, cache_dir=args.cache_dir)
     except OSError as error:
         raise EvaluationError(f"--pipelines: {path} is not a readable pipeline: {error}") from error
-    parameters = inspect.signature(getattr(diffusers, index["_class_name"]).__call__).parameters
-    if "prompt" not in parameters or "image" in parameters:
-        raise EvaluationError(f"--pipelines: {path} is a {index['_class_name']}, which is not text-to-image.")
+    # diffusers' own list of what `AutoPipelineForText2Image` makes, less those that take a picture, too.
+    pipelines = {pipeline.__name__: pipeline for pipeline in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
+    name = index["_class_name"]
+    if name not in pipelines or "image" in inspect.signature(pipelines[name].__call__).parameters:
+        raise EvaluationError(f"--pipelines: {path} is a {name}, which is not text-to-image.")
     return index
-
-
-def check_candidate(candidate, args):
-    """Refuses what is no text-to-image pipeline, adapters that cannot be read, and samplers that do not suit it."""
-    index = load_index(candidate.path, args)
-    if candidate.lora is not None:
-        try:
-            getattr(diffusers, index["_class_name"]).lora_state_dict(candidate.lora, cache_dir=args.cache_dir)
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"--lora: {candidate.lora} has no readable adapters: {error}") from error
-    scheduler_class = getattr(diffusers, index["scheduler"][1])
-    scheduler = scheduler_class.from_pretrained(candidate.path, subfolder="scheduler", cache_dir=args.cache_dir)
-    for sampler, _ in args.sampler:
-        make_scheduler(sampler, scheduler)
 
 
 def load_pipeline(candidate, args, device):
@@ -346,7 +336,7 @@ def load_pipeline(candidate, args, device):
         network = type(getattr(pipeline, role)).from_pretrained(candidate.network, torch_dtype=dtype)
         pipeline.register_modules(**{role: network})
     if candidate.lora is not None:
-        pipeline.load_lora_weights(candidate.lora)
+        pipeline.load_lora_weights(candidate.lora, cache_dir=args.cache_dir)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -374,25 +364,87 @@ def image_generator(seed, index) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
 
 
-def generate(pipeline, captions, steps, guidance_scale, settings, directory, args, accelerator):
-    """Draws the images that `directory` lacks, shared out over the processes.
+def check_candidate(candidate, args) -> dict:
+    """Loads the pipeline once before any image is made, and makes every sampler, to find what does not work.
+
+    Returns what its images depend on beside the sampling: the weights' files, by size and time, and each sampler.
 
     Raises:
-        EvaluationError: if the folder has images of other settings.
+        EvaluationError: where it cannot be loaded, or a sampler does not suit it.
+    """
+    try:
+        pipeline = load_pipeline(candidate, args, "cpu")
+    except EvaluationError:
+        raise
+    except Exception as error:  # diffusers, transformers, safetensors and peft have a dozen kinds
+        adapters = f" with the adapters {candidate.lora}" if candidate.lora else ""
+        raise EvaluationError(f"--pipelines: {candidate.path}{adapters} cannot be loaded: {error}") from error
+    if args.resolution is None:
+        args.resolution = default_resolution(pipeline, candidate)
+    if args.resolution % pipeline.vae_scale_factor:
+        raise EvaluationError(f"--resolution {args.resolution} is not a multiple of {pipeline.vae_scale_factor}.")
+    samplers = {}
+    for sampler, _ in args.sampler:
+        scheduler = make_scheduler(sampler, pipeline.scheduler)
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        samplers[sampler] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
+    folder = Path(candidate.path)
+    if not folder.is_dir():
+        folder = Path(DiffusionPipeline.download(candidate.path, cache_dir=args.cache_dir))
+    folders = [folder / name for name, value in load_index(candidate.path, args).items() if isinstance(value, list)]
+    folders += [Path(path) for path in (candidate.network, candidate.lora) if path is not None]
+    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
+    files += sorted(file for folder in folders for file in folder.glob("*.bin"))
+    facts = [(file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"samplers": samplers, "weights": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
+
+
+def default_resolution(pipeline, candidate) -> int:
+    """What the pipeline draws when nothing is said."""
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    size = getattr(getattr(network, "config", None), "sample_size", None)
+    if not isinstance(size, int):
+        raise EvaluationError(f"{candidate.path} does not say what size it draws: name --resolution.")
+    return size * pipeline.vae_scale_factor
+
+
+def check_settings(directory, settings):
+    """Refuses a folder whose images are of other settings; more or fewer of the same prompts are no other settings.
+
+    Raises:
+        EvaluationError: naming what differs.
     """
     file = directory / "settings.json"
-    if file.is_file():
-        before = json.loads(file.read_text())
-        different = [name for name in settings if before.get(name) != settings[name]]
-        if different:
-            changes = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" for name in different)
-            raise EvaluationError(f"{directory} has images of other settings: {changes}. Name another --output_dir.")
-    accelerator.wait_for_everyone()
-    directory.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process and not file.is_file():
-        partial = directory / ".settings-partial.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())
+    changes = []
+    for name in sorted(settings.keys() - {"prompts"}):
+        if before.get(name) != settings[name]:
+            old, new = before.get(name), settings[name]
+            if isinstance(new, dict) and isinstance(old, dict):  # a scheduler's configuration
+                different = [key for key in new.keys() | old.keys() if old.get(key) != new.get(key)]
+                old, new = ({key: values.get(key) for key in sorted(different)} for values in (old, new))
+            changes.append(f"{name} {old} (now {new})")
+    pairs = zip(before["prompts"], settings["prompts"], strict=False)
+    changes += [f"prompt {n} {old!r} (now {new!r})" for n, (old, new) in enumerate(pairs) if old != new][:1]
+    if changes:
+        raise EvaluationError(
+            f"{directory} has images of other settings: {', '.join(changes)}. Name another --output_dir."
+        )
+
+
+def write_settings(directory, settings):
+    """Writes `settings.json` unless the one that is there has these prompts and more."""
+    file, partial = directory / "settings.json", directory / ".settings-partial.json"
+    if not file.is_file() or len(json.loads(file.read_text())["prompts"]) < len(settings["prompts"]):
+        directory.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(settings, indent=2))
         partial.rename(file)
+
+
+def generate(pipeline, captions, steps, guidance_scale, directory, args, accelerator):
+    """Draws the images that `directory` lacks, shared out over the processes."""
     own = range(accelerator.process_index, len(captions), accelerator.num_processes)
     missing = [index for index in own if not (directory / f"{index:06d}.png").is_file()]
     bar = tqdm(total=len(missing), desc=str(directory), disable=not accelerator.is_local_main_process)
@@ -416,23 +468,30 @@ def generate(pipeline, captions, steps, guidance_scale, settings, directory, arg
 
 
 def find_card(value, candidates) -> tuple[str, Path]:
-    """The pipeline whose results a card gets, and the card's file."""
-    names = {candidate.name for candidate in candidates}
+    """The pipeline whose results a card gets, and the card's file.
+
+    Raises:
+        EvaluationError: where there is no such card, or not one pipeline that it belongs to.
+    """
+    names = [candidate.name for candidate in candidates]
     name, _, path = value.partition("=")
     if name not in names:
         name, path = None, value
-    card = Path(path)
-    card = card / "README.md" if card.is_dir() else card
-    if not card.is_file():
-        raise EvaluationError(f"--update_model_card: {card} does not exist.")
-    for candidate in candidates:
-        if name is None and card.parent.resolve() == Path(candidate.lora or candidate.path).resolve():
-            name = candidate.name
+    card = Path(path, "README.md") if Path(path).is_dir() else Path(path)
+    load_card(card)
     if name is None:
-        raise EvaluationError(
-            f"--update_model_card: {card} is not in the folder of one of the pipelines; write NAME={value}, with NAME "
-            f"of {', '.join(sorted(names))}."
-        )
+        folder = card.parent.resolve()
+        owners = [
+            candidate.name
+            for candidate in candidates
+            if candidate.iteration is None and Path(candidate.lora or candidate.path).resolve() == folder
+        ]
+        if len(owners) != 1:
+            raise EvaluationError(
+                f"--update_model_card: {card} is in the folder of {len(owners)} of the pipelines; write NAME={value}, "
+                f"with NAME of {', '.join(names)}."
+            )
+        name = owners[0]
     return name, card
 
 
@@ -446,7 +505,7 @@ def main(args):
     # Everything that can be refused before an image is made.
     candidates = find_candidates(args)
     for candidate in candidates:
-        check_candidate(candidate, args)
+        load_index(candidate.path, args)
     dataset, sets = None, {}
     if args.dataset_name is not None:
         dataset, sets["test"] = load_reference(args)
@@ -457,12 +516,14 @@ def main(args):
         sets["quality"] = load_prompts(args.quality_prompts)
     metrics = {name: [metric for metric in args.metrics if prompt_set(metric, sets) == name] for name in sets}
     sets = {name: prompts for name, prompts in sets.items() if metrics[name]}
+    if {"fid", "fdd"} & set(args.metrics) and len(dataset) < 2:
+        raise EvaluationError("A Fréchet distance needs more than one image.")
     if "precision_recall" in args.metrics and len(dataset) <= args.nearest_k + 1:
         raise EvaluationError(f"--nearest_k {args.nearest_k} needs more than {args.nearest_k + 1} images.")
     check_options(args)
+    card = None if args.update_model_card is None else find_card(args.update_model_card, candidates)
     networks = load_networks(args) if accelerator.is_main_process else {}
-    if args.resolution is None:
-        args.resolution = default_resolution(candidates[0], args)
+    facts = {candidate.name: check_candidate(candidate, args) for candidate in candidates}
 
     runs = [
         {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
@@ -473,27 +534,29 @@ def main(args):
         run["images"] = {name: str(Path("images", name, run["pipeline"], setting)) for name in sets}
     report = {
         "settings": {
-            **{
-                name: getattr(args, name) for name in ("dataset_name", "dataset_config_name", "split", "seed", "dtype")
-            },
+            "dataset_name": args.dataset_name,
+            "dataset_config_name": args.dataset_config_name,
+            "split": args.split,
             "num_images": None if dataset is None else len(dataset),
             "quality_prompts": ", ".join(Path(file).stem for file in args.quality_prompts) or None,
+            "num_quality_prompts": len(sets["quality"]) if "quality" in sets else None,
             "resolution": args.resolution,
             "seed": args.seed,
             "dtype": args.dtype,
             "num_bootstrap": args.num_bootstrap,
         },
-        "pipelines": [asdict(candidate) for candidate in candidates],
+        "pipelines": [asdict(candidate) | {"weights": facts[candidate.name]["weights"]} for candidate in candidates],
         "runs": runs,
         "warnings": [],
     }
-    if {"fid", "fdd"} & set(args.metrics) and len(dataset) < FEW_IMAGES:
+    if "test" in sets and len(dataset) < FEW_IMAGES and NEED_REAL_IMAGES & set(args.metrics):
         report["warnings"].append(
-            f"{len(dataset)} images are few for a Fréchet distance: its bias grows as they get fewer. Compare only "
-            "numbers with the same count."
+            f"{len(dataset)} images are few for a Fréchet distance, whose bias grows as they get fewer, and for "
+            "precision and recall. Compare only numbers with the same count."
         )
-    count_votes(args.votes, report)
-    card = None if args.update_model_card is None else find_card(args.update_model_card, candidates)
+    if accelerator.is_main_process:
+        prepare_output(report, sets, facts, args)
+    accelerator.wait_for_everyone()
 
     for candidate in candidates:
         pipeline = load_pipeline(candidate, args, accelerator.device)
@@ -503,35 +566,42 @@ def main(args):
                 continue
             pipeline.scheduler = make_scheduler(run["sampler"], base)
             for name, prompts in sets.items():
-                settings = {
-                    "pipeline": candidate.path,
-                    "lora": candidate.lora,
-                    "network": candidate.network,
-                    "scheduler": type(pipeline.scheduler).__name__,
-                    "steps": run["steps"],
-                    "guidance_scale": run["guidance_scale"],
-                    "resolution": args.resolution,
-                    "seed": args.seed,
-                    "dtype": args.dtype,
-                    "captions": hashlib.sha256("\0".join(prompts).encode()).hexdigest(),
-                }
                 directory = Path(args.output_dir, run["images"][name])
-                generate(
-                    pipeline, prompts, run["steps"], run["guidance_scale"], settings, directory, args, accelerator
-                )
+                generate(pipeline, prompts, run["steps"], run["guidance_scale"], directory, args, accelerator)
         del pipeline
     if accelerator.is_main_process:
         evaluate(report, sets, metrics, dataset, networks, card, args, accelerator.device)
     accelerator.end_training()
 
 
-def default_resolution(candidate, args) -> int:
-    """What the pipeline draws when nothing is said, from its configurations alone."""
-    index = load_index(candidate.path, args)
-    role = "unet" if "unet" in index else "transformer"
-    network = getattr(diffusers, index[role][1]).load_config(candidate.path, subfolder=role, cache_dir=args.cache_dir)
-    vae = getattr(diffusers, index["vae"][1]).load_config(candidate.path, subfolder="vae", cache_dir=args.cache_dir)
-    return network["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+def prepare_output(report, sets, facts, args):
+    """Makes the folders of all runs, once none of them has images of other settings, and counts the votes."""
+    count_votes(args.votes, report)
+    folders = {}
+    for run, (name, prompts) in product(report["runs"], sets.items()):
+        entry = next(pipeline for pipeline in report["pipelines"] if pipeline["name"] == run["pipeline"])
+        folders[Path(args.output_dir, run["images"][name])] = {
+            **{key: entry[key] for key in ("path", "lora", "network", "weights")},
+            "scheduler": facts[run["pipeline"]]["samplers"][run["sampler"]],
+            "steps": run["steps"],
+            "guidance_scale": run["guidance_scale"],
+            **{key: report["settings"][key] for key in ("resolution", "seed", "dtype")},
+            "prompts": prompts,
+        }
+    for directory, settings in folders.items():
+        check_settings(directory, settings)
+    try:
+        for directory, settings in folders.items():
+            write_settings(directory, settings)
+    except OSError as error:
+        raise EvaluationError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
+
+
+def open_image(file) -> Image.Image:
+    try:
+        return Image.open(file).convert("RGB")
+    except OSError as error:
+        raise EvaluationError(f"{file} does not decode: {error} Delete it, and it is drawn again.") from error
 
 
 def evaluate(report, sets, metrics, dataset, networks, card, args, device):
@@ -542,21 +612,27 @@ def evaluate(report, sets, metrics, dataset, networks, card, args, device):
     if "test" in sets:
         real = Loaded(lambda index: square(open_reference(dataset, index, args), args.resolution), len(dataset))
         reference = reference_features(real, networks, args)
+    for metric, key in (("fid", "inception"), ("fdd", "dinov2")):
+        if metric in args.metrics and len(dataset) <= reference[key].shape[1]:
+            report["warnings"].append(
+                f"{metric}: {len(dataset)} images are not more than the {reference[key].shape[1]} features, whose "
+                "covariance is then singular."
+            )
     for run in tqdm(report["runs"], desc="Measuring"):
         run["metrics"] = {}
         for name, prompts in sets.items():
             directory = Path(args.output_dir, run["images"][name])
             images = Loaded(
-                lambda index, directory=directory: Image.open(directory / f"{index:06d}.png").convert("RGB"),
-                len(prompts),
+                lambda index, directory=directory: open_image(directory / f"{index:06d}.png"), len(prompts)
             )
             against = reference if name == "test" else {}
             for metric, result in measure(images, prompts, metrics[name], against, networks, args).items():
                 run["metrics"][metric] = {"prompts": name, **result}
         # In the order of the list of metrics, wherever their prompts came from.
         run["metrics"] = {name: run["metrics"][name] for name in METRICS if name in run["metrics"]}
-    real_image = None if real is None else lambda index: real[index : index + 1][0]
-    write_report(report, METRICS, sets, real_image, args.output_dir, args.num_gallery, args.votes)
+    write_report(
+        report, METRICS, sets, None if real is None else real.load, args.output_dir, args.num_gallery, args.votes
+    )
     if card is not None:
         update_model_card(report, METRICS, *card)
     print(Path(args.output_dir, "report.md").read_text())

@@ -85,16 +85,19 @@ class Loaded:
         return self.count
 
     def __getitem__(self, part):
+        if isinstance(part, int):
+            return self.load(part)
         return [self.load(index) for index in range(*part.indices(self.count))]
 
 
 def in_batches(function, items, batch_size):
-    """`function` over slices of at most `batch_size` of `items`, concatenated."""
+    """`function` over slices of at most `batch_size` of `items`, concatenated, float64 on the CPU."""
     with torch.no_grad():
-        return torch.cat([function(items[n : n + batch_size]).cpu() for n in range(0, len(items), batch_size)])
+        parts = [function(items[n : n + batch_size]).cpu().double() for n in range(0, len(items), batch_size)]
+    return torch.cat(parts)
 
 
-# Networks. Each maps a list of PIL images, or of (image, prompt), to float64 rows, and has a `record` of what it is.
+# Networks. Each maps a list of PIL images, or of (image, prompt), to rows, and has a `record` of what it is.
 
 
 def find_weights(option, given, repository, filename, args) -> str:
@@ -188,7 +191,7 @@ class Network(nn.Module):
 
 
 class DINOv2Features(Network):
-    """The CLS token after the last block."""
+    """The CLS token after the last block and the final normalisation."""
 
     def __init__(self, args):
         super().__init__()
@@ -199,7 +202,7 @@ class DINOv2Features(Network):
 
     def forward(self, images):
         inputs = normalise([square(image, self.resolution) for image in images], IMAGENET)
-        return self.model(inputs.to(self.device)).last_hidden_state[:, 0].double()
+        return self.model(inputs.to(self.device)).last_hidden_state[:, 0]
 
 
 class InceptionFeatures(Network):
@@ -211,7 +214,12 @@ class InceptionFeatures(Network):
     def __init__(self, args):
         super().__init__()
         if args.inception_weights is not None:
-            self.model = torch.jit.load(args.inception_weights, map_location="cpu")
+            try:
+                self.model = torch.jit.load(args.inception_weights, map_location="cpu")
+            except RuntimeError as error:
+                raise EvaluationError(
+                    f"--inception_weights {args.inception_weights} is not a readable TorchScript file: {error}"
+                ) from error
             self.options, name = {"return_features": True}, Path(args.inception_weights).name
         else:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -222,7 +230,7 @@ class InceptionFeatures(Network):
 
     def forward(self, images):
         features = self.model(torch.stack([pixels(image) for image in images]).to(self.device), **self.options)
-        return (features[0] if isinstance(features, tuple) else features).double()
+        return features[0] if isinstance(features, tuple) else features
 
 
 class CLIPScore(Network):
@@ -243,7 +251,7 @@ class CLIPScore(Network):
             return_tensors="pt",
         )  # fmt: skip
         output = self.model(pixel_values=normalise(images, CLIP).to(self.device), **tokens.to(self.device))
-        return 100 * (output.image_embeds * output.text_embeds).sum(1).double()
+        return 100 * (output.image_embeds * output.text_embeds).sum(1)
 
 
 def from_open_clip(state) -> dict:
@@ -341,7 +349,7 @@ class AestheticScore(Network):
         size = self.model.config.vision_config.image_size
         inputs = normalise([square(image, size) for image, _ in pairs], CLIP).to(self.device)
         embedding = self.model.visual_projection(self.model.vision_model(pixel_values=inputs).pooler_output)
-        return self.layers(F.normalize(embedding, dim=-1))[:, 0].double()
+        return self.layers(F.normalize(embedding, dim=-1))[:, 0]
 
 
 def read_weights(file) -> dict:
@@ -471,21 +479,26 @@ def measure(images, prompts, metrics, reference, networks, args) -> dict:
         results[name] = {"value": scores.mean().item(), "interval": mean, "n": count, **record}
         results[name]["scores"] = scores.tolist()
 
+    features = {
+        key: in_batches(networks[key], images, args.batch_size)
+        for key in ("inception", "dinov2")
+        if NETWORKS[key][1] & set(metrics)
+    }
     for metric, key in (("fid", "inception"), ("fdd", "dinov2")):
         if metric in metrics:
-            features, real = in_batches(networks[key], images, args.batch_size), reference[key]
-            interval = bootstrap_interval(
-                lambda indices, real=real, features=features: frechet_distance(real, features[indices]), count, args
-            )
-            value = frechet_distance(real, features)
+
+            def distance(indices, key=key):
+                return frechet_distance(reference[key], features[key][indices])
+
+            value, interval = distance(torch.arange(count)), bootstrap_interval(distance, count, args)
             results[metric] = {"value": value, "interval": interval, "n": count, **networks[key].record}
     if "precision_recall" in metrics:
-        features, real = in_batches(networks["dinov2"], images, args.batch_size), reference["dinov2"]
         record = networks["dinov2"].record | {"k": args.nearest_k}
-        for name, value in precision_and_recall(real, features, args.nearest_k).items():
+        found = precision_and_recall(reference["dinov2"], features["dinov2"], args.nearest_k)
+        for name, value in found.items():
             # Not resampled: an image drawn twice is its own nearest neighbour.
             results[name] = {"value": value, "interval": None, "n": count, **record}
-    pairs = Loaded(lambda index: (images[index : index + 1][0], prompts[index]), count)
+    pairs = Loaded(lambda index: (images[index], prompts[index]), count)
     for metric in ("hps", "aesthetic", "clip"):
         if metric in metrics:
             per_image(metric, in_batches(networks[metric], pairs, args.batch_size), networks[metric].record)

@@ -22,10 +22,11 @@ votes it saves as `votes.json`; `count_votes` reads such files back.
 
 A report is a dict that JSON can hold:
 
-- "settings": "dataset_name", "dataset_config_name", "split", "num_images", "quality_prompts", "resolution", "seed",
-  "dtype", "num_bootstrap";
-- "pipelines": a list of {"name", "path", "lora", "run", "iteration", "training"}. "run" and "iteration" are set where
-  it is a checkpoint of a training run; "training" is the content of its `adt_config.json`, or None;
+- "settings": "dataset_name", "dataset_config_name", "split", "num_images", "quality_prompts", "num_quality_prompts",
+  "resolution", "seed", "dtype", "num_bootstrap";
+- "pipelines": a list of {"name", "path", "lora", "weights", "run", "iteration", "training"}. "weights" stands for its
+  files of weights; "run" and "iteration" are set where it is a checkpoint of a training run; "training" is the content
+  of its `adt_config.json`, or None;
 - "runs": a list of {"pipeline", "sampler", "steps", "guidance_scale", "images", "metrics"}: "images" has the folders
   of the sets of prompts "test" and "quality", relative to the report's own, with image n as `NNNNNN.png`; "metrics"
   has {name: {"value", "interval", "n", "prompts", ...}}, with "scores" where there is one for each image;
@@ -166,10 +167,13 @@ def wilson_interval(share, count) -> list:
 
 
 def report_id(report) -> str:
-    """Sixteen hexadecimal digits for what was compared: pipelines, settings and runs, but none of the results."""
+    """Sixteen hexadecimal digits for the images that were compared: pipelines with their weights, settings and runs.
+
+    What was made of the images, such as metrics and intervals, does not count.
+    """
     identity = {
-        "settings": report["settings"],
-        "pipelines": [[pipeline[key] for key in ("name", "path", "lora")] for pipeline in report["pipelines"]],
+        "settings": {key: value for key, value in report["settings"].items() if key != "num_bootstrap"},
+        "pipelines": [[pipeline["name"], pipeline["weights"]] for pipeline in report["pipelines"]],
         "runs": [[run["pipeline"], *setting(run), run["images"]] for run in report["runs"]],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -187,6 +191,9 @@ def read_votes(file, report) -> list:
         raise ReportError(f"{file} has votes on another report.")
     if not isinstance(content.get("votes"), list) or not all(isinstance(vote, dict) for vote in content["votes"]):
         raise ReportError(f"{file} has no list of votes.")
+    if not isinstance(content.get("voter"), str):
+        raise ReportError(f"{file} does not say whose votes it has.")
+    counts = {"test": report["settings"]["num_images"], "quality": report["settings"]["num_quality_prompts"]}
     names = [pipeline["name"] for pipeline in report["pipelines"]]
     runs = [(run["pipeline"], *setting(run)) for run in report["runs"]]
     for number, vote in enumerate(content["votes"], start=1):
@@ -196,24 +203,31 @@ def read_votes(file, report) -> list:
                 raise ReportError(f"{file}: vote {number} is on the pipeline {name!r}, which the report lacks.")
             if (name, *(vote.get(key) for key in SETTING)) not in runs:
                 raise ReportError(f"{file}: vote {number} is on a sampler, steps and guidance that {name} lacks.")
+        index = vote.get("index")
+        if not isinstance(index, int) or not 0 <= index < (counts.get(vote.get("set")) or 0):
+            raise ReportError(f"{file}: vote {number} is on a prompt that the report lacks.")
         if pair[0] == pair[1]:
             raise ReportError(f"{file}: vote {number} is on {pair[0]} and itself.")
         if vote.get("choice") not in ("left", "right", "tie"):
             raise ReportError(f"{file}: vote {number} chooses {vote.get('choice')!r}; it may be left, right or tie.")
-    return content["votes"]
+    return [vote | {"voter": content["voter"]} for vote in content["votes"]]
 
 
 def count_votes(files, report) -> list:
-    """Human preference from `votes.json` files, one for each voter, as `report.html` saves them.
+    """Human preference from `votes.json` files, as `report.html` saves them.
+
+    A voter's vote on one pair of images counts once, the last one given, in whatever files it is.
 
     A list of {"first", "second", "wins", "ties", "losses", "n", "share", "interval"}, one for each pair of pipelines
     with votes, over all samplers and guidance scales: "share" in [0, 1] is how often "first" was preferred, ties
     counted half, and "interval" is its 95 % Wilson interval. ReportError names the file that cannot be read, has
     another format, belongs to another report or names a pipeline that `report` lacks.
     """
-    if len({Path(file).resolve() for file in files}) < len(files):
-        raise ReportError("A file of votes is given twice.")
-    votes = [vote for file in files for vote in read_votes(file, report)]
+    latest = {}
+    for vote in [vote for file in files for vote in read_votes(file, report)]:
+        pair = frozenset((vote["left"], vote["right"]))
+        latest[vote["voter"], vote["set"], vote["index"], setting(vote), pair] = vote
+    votes = list(latest.values())
     rows = []
     for first, second in combinations([pipeline["name"] for pipeline in report["pipelines"]], 2):
         chosen = [
@@ -656,7 +670,7 @@ def write_report(report, metrics, prompts, real_image, output_dir, num_gallery, 
 def card_dataset(prompts, settings) -> dict:
     """What `EvalResult` says of a set of prompts. A folder gives its name alone: cards are published."""
     if prompts == "quality":
-        name = Path(settings["quality_prompts"]).stem
+        name = settings["quality_prompts"]
         return {"dataset_type": name, "dataset_name": f"{name} (prompts)"}
     name = settings["dataset_name"]
     name = Path(name).resolve().name if os.path.isdir(name) else name
@@ -667,6 +681,16 @@ def card_dataset(prompts, settings) -> dict:
         "dataset_config": config,
         "dataset_split": settings["split"],
     }
+
+
+def load_card(file) -> ModelCard:
+    """Raises `ReportError` where there is no such file, or where its metadata cannot be read."""
+    if not Path(file).is_file():
+        raise ReportError(f"There is no model card {file}.")
+    try:
+        return ModelCard.load(file)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ReportError(f"The metadata of the model card {file} cannot be read: {error}") from error
 
 
 def update_model_card(report, metrics, name, path):
@@ -680,12 +704,7 @@ def update_model_card(report, metrics, name, path):
     if not runs:
         raise ReportError(f"The report has no pipeline {name}.")
     file = Path(path, "README.md") if os.path.isdir(path) else Path(path)
-    if not file.is_file():
-        raise ReportError(f"There is no model card {file}.")
-    try:
-        card = ModelCard.load(file)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ReportError(f"The metadata of the model card {file} cannot be read: {error}") from error
+    card = load_card(file)
     results = []
     for run in runs:
         for metric in metric_names([run], metrics):

@@ -28,10 +28,12 @@ from torch import nn
 from demo import ADVERSARIAL, DEMO, FINE_TUNING, tune
 
 
-# What each method adds to the demo's settings. Without a diffusion loss there is nothing to balance the weight by, and
-# Adam does not see a weight's scale.
+# The demo's settings, each ablation with its one change. Without a diffusion loss there is nothing to balance the
+# weight by, so that it is 1 there; Adam does not see its scale. The demo fine-tunes at a higher rate than ADT's, which
+# the control has.
 METHODS = {
     "fine-tuning": FINE_TUNING,
+    "fine-tuning at ADT's rate": [*FINE_TUNING, "--learning_rate", "5e-5", "--lr_warmup_steps", "10"],
     "ADT": ADVERSARIAL,
     "projected discriminator": [*ADVERSARIAL, "--discriminator_type", "projected"],
     "DRTune's path": [*ADVERSARIAL, "--gradient_path", "drtune"],
@@ -58,7 +60,7 @@ def parse_args():
     parser.add_argument("--fine_tuning_steps", type=int, default=600, help="Iterations up to the common start.")
     parser.add_argument("--steps", type=int, default=400, help="Iterations of each method.")
     parser.add_argument("--num_images", type=int, default=2048, help="For each number.")
-    parser.add_argument("--jobs", type=int, default=2, help="Training runs at a time, on one core each.")
+    parser.add_argument("--jobs", type=int, default=2, help="Processes at a time, on one core each.")
     return parser.parse_args()
 
 
@@ -111,7 +113,7 @@ class EvaluatorFeatures(nn.Module):
 
 def evaluate(results, args):
     """Compares all results. Returns `{pipeline: {sampler: metrics}}`."""
-    test = args.output_dir / "test-set" / "test"
+    test = args.output_dir / f"test-set-{args.num_images}" / "test"
     if not test.is_dir():
         write_imagefolder(test, "shaded", args.num_images, seed=77)
     evaluator = load_evaluator(args.assets / "evaluator" / "model.safetensors")
@@ -123,7 +125,8 @@ def evaluate(results, args):
     pipelines |= {f"{folder(method)}-{seed}": path for (method, seed), path in results.items()}
     report = args.output_dir / "report"
     command = [
-        sys.executable, "evaluate_adt.py", "--pipelines", *(f"{name}={path}" for name, path in pipelines.items()),
+        Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", args.jobs, "evaluate_adt.py",
+        "--pipelines", *(f"{name}={path}" for name, path in pipelines.items()),
         "--dataset_name", test.parent, "--num_images", args.num_images, "--sampler", *SAMPLERS, "--guidance_scale", 3,
         "--metrics", "fid", "fdd", "precision_recall", "--inception_weights", args.output_dir / "evaluator.pt",
         "--dinov2_model_name_or_path", args.assets / "dinov2", "--dinov2_resolution", 32, "--batch_size", 128,
@@ -163,9 +166,12 @@ def write_report(values, args):
         "",
         f"From the demo's base pipeline (ε-prediction, Stable Diffusion 1.5's schedule, 32×32 pixels): `start` is "
         f"{args.fine_tuning_steps} iterations of plain fine-tuning, and each method is {args.steps} iterations more "
-        f"from there, with the demo's settings and one change each. Seeds {', '.join(map(str, args.seeds))}, which "
-        f"decide the training alone. Each number is of {args.num_images} images, of captions and against images that "
-        "no training saw, drawn from the same noise with guidance 3: mean ± standard deviation over the seeds.",
+        "from there. Fine-tuning and ADT have the demo's settings, with learning rates 3e-4 and 5e-5; the control has "
+        "ADT's rate. The ablations are ADT with one change each, but that without a diffusion loss the adversarial "
+        "weight is 1, since there is nothing to balance it by. "
+        f"Seeds {', '.join(map(str, args.seeds))}, which decide the training alone. Each number is of "
+        f"{args.num_images} images, of captions and against images that no training saw, drawn from the same noise "
+        "with guidance 3: mean ± standard deviation over the seeds.",
         "",
         "`fid` is the Fréchet distance on the demo evaluator's standardised features, which no discriminator uses; "
         "`fdd`, precision and recall are on the DINOv2 that the discriminators use. `prompt followed` is the share of "
@@ -187,7 +193,7 @@ def write_report(values, args):
     paper = sorted(PAPER, key=PAPER.get)
     lines.append("Table 3 (FID-5k, best first): " + ", ".join(f"{name} {PAPER[name]}" for name in paper) + ".")
     for sampler in SAMPLERS:
-        means = {method: of(method, sampler, "fid").mean() for method in METHODS}
+        means = {method: of(method, sampler, "fid").mean() for method in PAPER}
         here = sorted(means, key=means.get)
         text = ", ".join(f"{name} {means[name]:.2f}" for name in here)
         lines.append(f"\nHere, {sampler}: {text}. The ordering {'holds' if here == paper else 'does not hold'}.")
@@ -204,6 +210,7 @@ def main():
     args = parse_args()
     args.output_dir, args.assets = args.output_dir.resolve(), args.assets.resolve()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    print("This takes one to two hours on two cores; each run's output goes to a .log file beside its folder.")
     os.environ["OMP_NUM_THREADS"] = "1"  # so that the number of runs at a time does not change their rounding
     results = train(args)
     write_report(evaluate(results, args), args)

@@ -126,13 +126,15 @@ def write_imagefolder(directory, distribution, count, seed):
     `datasets.load_dataset("imagefolder", data_dir=directory)` reads the result.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}-partial")  # so that the folder appears whole or not at all
+    partial.mkdir(parents=True, exist_ok=True)
     images, captions, _ = draw(distribution, count, seed)
-    with open(directory / "metadata.jsonl", "w") as metadata:
+    with open(partial / "metadata.jsonl", "w") as metadata:
         for index, (image, caption) in enumerate(zip(images, captions)):
             file_name = f"{index:06d}.png"
-            Image.fromarray(image).save(directory / file_name)
+            Image.fromarray(image).save(partial / file_name)
             metadata.write(json.dumps({"file_name": file_name, "text": caption}) + "\n")
+    partial.rename(directory)
 
 
 def parse_args():

@@ -3,7 +3,9 @@
 import importlib.machinery
 import json
 import shutil
+import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from conftest import reset_accelerate
 from helpers import run_two_processes
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import evaluate_adt as evaluation
@@ -91,6 +94,7 @@ def test_report_has_every_pipeline_sampler_and_metric(run, tmp_path):
         assert low <= high
     assert len(report["win_rates"]) == 4 and all(0 <= win["win_rate"] <= 1 for win in report["win_rates"])
     assert "few for a Fréchet distance" in report["warnings"][0]
+    assert "fdd: 10 images are not more than the 32 features" in report["warnings"][1]
     text = (tmp_path / "report" / "report.md").read_text()
     assert "| two | dpmsolver++ | 2 | 5.0 |" in text and "few for a Fréchet" in text
 
@@ -155,10 +159,81 @@ def test_stopped_evaluation_makes_each_missing_image_once(run, options, tmp_path
         run(*only, "--seed", 1)
 
 
+def test_other_weights_at_the_same_path_are_noticed(run, sd15_path, tmp_path):
+    shutil.copytree(sd15_path, tmp_path / "model")
+    only = ("--pipelines", f"one={tmp_path / 'model'}", "--metrics", "sharpness")
+    first = run(*only)
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
+    with pytest.raises(evaluation.EvaluationError, match="images of other settings: weights "):
+        run(*only)
+    second = run(*only, "--output_dir", tmp_path / "other")
+    second = json.loads((tmp_path / "other" / "report.json").read_text())
+    assert evaluate_report.report_id(first) != evaluate_report.report_id(second)
+
+
+def test_another_schedule_at_the_same_path_is_noticed(run, sd15_path, tmp_path):
+    shutil.copytree(sd15_path, tmp_path / "model")
+    only = ("--pipelines", f"one={tmp_path / 'model'}", "--metrics", "sharpness")
+    run(*only)
+    file = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
+    with pytest.raises(evaluation.EvaluationError, match=r"scheduler {'beta_end': 0.012} \(now {'beta_end': 0.02}\)"):
+        run(*only)
+
+
+def test_more_images_are_added_and_changed_prompts_noticed(run, sd15_path, tmp_path):
+    only = ("--pipelines", f"one={sd15_path}", "--metrics", "sharpness")
+    run(*only, "--num_images", 4)
+    directory = tmp_path / "report" / "images" / "test" / "one" / "ddim-2-guidance-7"
+    before = {file.name: file.stat().st_mtime_ns for file in directory.glob("0*.png")}
+    assert run(*only)["runs"][0]["metrics"]["sharpness"]["n"] == 10
+    assert len(before) == 4 and len(list(directory.glob("0*.png"))) == 10
+    assert run(*only, "--num_images", 4)["runs"][0]["metrics"]["sharpness"]["n"] == 4
+    assert all((directory / name).stat().st_mtime_ns == time for name, time in before.items())
+    settings = json.loads((directory / "settings.json").read_text())
+    assert len(settings["prompts"]) == 10
+    settings["prompts"][2] = "another"
+    (directory / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(evaluation.EvaluationError, match="prompt 2 'another' .now 'a blue stripes 2'"):
+        run(*only)
+
+
+def test_a_truncated_image_is_named(run, sd15_path, tmp_path):
+    only = ("--pipelines", f"one={sd15_path}", "--metrics", "sharpness")
+    run(*only)
+    file = tmp_path / "report" / "images" / "test" / "one" / "ddim-2-guidance-7" / "000003.png"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100])
+    with pytest.raises(evaluation.EvaluationError, match="000003.png does not decode: .* Delete it"):
+        run(*only)
+    file.unlink()
+    run(*only)
+    assert file.read_bytes() == data
+
+
+def test_killed_evaluation_keeps_its_images(run, options, tmp_path, sd15_path):
+    slow = ("--pipelines", f"one={sd15_path}", "--metrics", "sharpness", "--batch_size", 1, "--sampler", "ddim:100")
+    process = subprocess.Popen(
+        [sys.executable, evaluation.__file__, *options(*slow)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    directory = tmp_path / "report" / "images" / "test" / "one" / "ddim-100-guidance-7"
+    while len(list(directory.glob("0*.png"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = {file.name: file.stat().st_mtime_ns for file in directory.glob("0*.png")}
+    assert 2 <= len(before) < 10
+    run(*slow)
+    after = {file.name: file.stat().st_mtime_ns for file in directory.glob("0*.png")}
+    assert len(after) == 10 and before.items() < after.items()
+
+
 def test_two_processes_give_the_same_report(run, options, tmp_path):
-    one = run("--batch_size", 1)
+    one = run("--batch_size", 3)
     shutil.move(tmp_path / "report", tmp_path / "one")
-    run_two_processes(evaluation.__file__, *options("--batch_size", 1))
+    run_two_processes(evaluation.__file__, *options("--batch_size", 3))
     two = json.loads((tmp_path / "report" / "report.json").read_text())
     for file in (tmp_path / "one" / "images").rglob("0*.png"):
         assert file.read_bytes() == (tmp_path / "report" / file.relative_to(tmp_path / "one")).read_bytes()
@@ -190,8 +265,14 @@ def test_options_reach_what_they_name(run, options, tmp_path, sd15_path, test_se
     assert report["runs"][0]["metrics"]["sharpness"]["n"] == 10
     directory = tmp_path / "report" / "images" / "test" / "one" / "ddim-2-guidance-7"
     assert Image.open(directory / "000000.png").size == (8, 8)
-    settings = json.loads((directory / "settings.json").read_text())
-    assert settings["dtype"] == "bfloat16" and settings["resolution"] == 8
+    half = [result["metrics"]["sharpness"]["scores"] for result in report["runs"]]
+    whole = run(
+        *only, "--split", "valid", "--image_column", "picture", "--caption_column", "words", "--resolution", 8,
+        "--output_dir", tmp_path / "whole",
+    )  # fmt: skip
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    whole = [result["metrics"]["sharpness"]["scores"] for result in whole["runs"]]
+    assert half != whole and np.allclose(half, whole, rtol=0.2)  # the same images in bfloat16
     args = evaluation.parse_args(options("--split", "valid", "--image_column", "picture", "--caption_column", "words"))
     assert evaluation.load_reference(args)[1] == ["a red disc"] * 9 + [""]
 
@@ -246,6 +327,20 @@ def test_blur_is_worse(pictures, options):
     )
     assert same["fdd"]["value"] == pytest.approx(0, abs=1e-7) and worse["fdd"]["value"] > 1e-5
     assert worse["sharpness"]["value"] < 0.5 * same["sharpness"]["value"]
+
+
+def test_the_order_of_images_does_not_matter(pictures, options):
+    args = evaluation.parse_args(options("--num_bootstrap", 0))
+    networks = {"dinov2": metrics.DINOv2Features(args).eval()}
+    reference = {"dinov2": metrics.in_batches(networks["dinov2"], pictures, 4)}
+    chosen = ["fdd", "precision_recall", "sharpness"]
+    others = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in pictures]
+    first, second = (
+        metrics.measure(images, [], chosen, reference, networks, args) for images in (others, others[::-1])
+    )
+    assert first.keys() == {"fdd", "precision", "recall", "sharpness"}
+    for name, result in first.items():
+        assert second[name]["value"] == pytest.approx(result["value"], rel=1e-6, abs=1e-7), name
 
 
 def test_clip_score_is_the_models_logits(pictures, options, clip_path):
@@ -445,6 +540,8 @@ def test_win_rate_and_bootstrap_by_hand(options):
         (("--lora", "three=x"), "there is no pipeline three"),
         (("--num_images", 0), "--num_images must be greater than 0"),
         (("--num_gallery", -1), "--num_gallery must not be negative"),
+        (("--seed", -1), "--seed must not be negative"),
+        (("--resolution", 0), "--resolution must be greater than 0"),
         (("--checkpoints", "run"), "takes NAME=PATH"),
         (("--checkpoints", "a@b=run"), "cannot be a folder's name"),
     ],
@@ -478,21 +575,54 @@ def test_bad_options(options, capsys, more, sentence):
             ("--metrics", "aesthetic", "--aesthetic_weights", "nowhere.pth"),
             "nowhere.pth does not exist: the file is aesthetic-model.pth of https://huggingface.co/trl-lib",
         ),
-        (("--lora", "two=nowhere"), "nowhere has no readable adapters"),
+        (("--lora", "two=nowhere"), "with the adapters nowhere cannot be loaded"),
+        (("--resolution", 9), "--resolution 9 is not a multiple of"),
+        (("--num_images", 1, "--metrics", "fdd"), "A Fréchet distance needs more than one image"),
+        (("--metrics", "fid", "--inception_weights", __file__), "is not a readable TorchScript file"),
         (("--quality_prompts", "nowhere.txt"), "--quality_prompts nowhere.txt cannot be read"),
         (("--checkpoints", "a=nowhere"), "nowhere has no checkpoints of a training run"),
         (("--votes", "nowhere.json"), "nowhere.json"),
-        (("--update_model_card", "nowhere"), "nowhere does not exist"),
+        (("--update_model_card", "nowhere"), "There is no model card nowhere"),
     ],
 )
 def test_bad_input_is_refused_before_generating(run, monkeypatch, more, sentence):
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     with pytest.raises((evaluation.EvaluationError, evaluation.ReportError), match=sentence):
         run(*more)
 
 
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ({"image": [], "text": []}, "The dataset is empty"),
+        ({"image": [None], "text": [7]}, "--caption_column text has values that are no texts"),
+    ],
+)
+def test_unusable_datasets_are_refused(run, monkeypatch, rows, sentence):
+    monkeypatch.setattr(evaluation, "generate", None)
+    dataset = evaluation.datasets.Dataset.from_dict(rows)
+    monkeypatch.setattr(evaluation.datasets, "load_dataset", lambda *args, **kwargs: {"test": dataset})
+    with pytest.raises(evaluation.EvaluationError, match=sentence):
+        run()
+
+
+def test_pipelines_that_cannot_be_loaded_are_refused_before_generating(run, sd15_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", None)
+    shutil.copytree(sd15_path, tmp_path / "broken")
+    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(evaluation.EvaluationError, match="broken cannot be loaded: .*diffusion_pytorch_model"):
+        run("--pipelines", f"good={sd15_path}", f"bad={tmp_path / 'broken'}")
+
+
+def test_output_that_cannot_be_written_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "generate", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(evaluation.EvaluationError, match="--output_dir .*file cannot be written"):
+        run("--output_dir", tmp_path / "file")
+
+
 def test_corrupt_image_is_named(run, test_set_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     shutil.copytree(Path(test_set_path).parent, tmp_path / "data")
     file = tmp_path / "data" / "test" / "003.png"
     file.write_bytes(file.read_bytes()[:-200])
@@ -501,14 +631,14 @@ def test_corrupt_image_is_named(run, test_set_path, tmp_path, monkeypatch):
 
 
 def test_pipelines_that_are_not_text_to_image_are_refused(run, sd15_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     shutil.copytree(sd15_path, tmp_path / "other")
     file = tmp_path / "other" / "model_index.json"
-    file.write_text(file.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionImg2ImgPipeline"'))
-    with pytest.raises(
-        evaluation.EvaluationError, match="is a StableDiffusionImg2ImgPipeline, which is not text-to-im"
-    ):
-        run("--pipelines", f"a={tmp_path / 'other'}")
+    index = file.read_text()
+    for name in ("StableDiffusionImg2ImgPipeline", "StableDiffusionControlNetPipeline", "AudioLDMPipeline", "NoSuch"):
+        file.write_text(index.replace('"StableDiffusionPipeline"', f'"{name}"'))
+        with pytest.raises(evaluation.EvaluationError, match=f"is a {name}, which is not text-to-im"):
+            run("--pipelines", f"a={tmp_path / 'other'}")
 
 
 def test_flow_matching_has_its_own_scheduler_only(run, sd15_path, sd3_path, tmp_path, monkeypatch):
@@ -516,13 +646,13 @@ def test_flow_matching_has_its_own_scheduler_only(run, sd15_path, sd3_path, tmp_
     assert report["runs"][0]["metrics"]["sharpness"]["n"] == 2
     without = tiny.make_sd3(tmp_path / "without", t5=False)
     run("--pipelines", f"bare={without}", "--sampler", "own:2", "--metrics", "sharpness", "--num_images", 2)
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     with pytest.raises(evaluation.EvaluationError, match="ddim does not suit a flow-matching model"):
         run("--pipelines", f"first={sd15_path}", f"other={sd3_path}", "--sampler", "ddim:2")
 
 
 def test_weights_that_cannot_be_downloaded_are_named(run, monkeypatch, clip_path):
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     monkeypatch.setattr(metrics, "hf_hub_download", lambda *args, **kwargs: open("/nowhere/at/all"))
     for metric, clip, sentence in (
         ("hps", "hps_clip", "HPS_v2_compressed.pt cannot be downloaded .* name it with --hps_weights"),
@@ -537,7 +667,7 @@ def test_weights_that_cannot_be_downloaded_are_named(run, monkeypatch, clip_path
 
 
 def test_weights_that_do_not_fit_are_named(run, monkeypatch, clip_path, tmp_path):
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     file = tmp_path / "weights.pt"
     for state, sentence in (
         ({"state_dict": {"visual.something": torch.ones(1)}}, "visual.something, which no OpenCLIP model has"),
@@ -553,7 +683,7 @@ def test_weights_that_do_not_fit_are_named(run, monkeypatch, clip_path, tmp_path
 
 
 def test_networks_without_weights_are_named(run, monkeypatch, clip_path, tmp_path):
-    monkeypatch.setattr(evaluation, "load_pipeline", None)
+    monkeypatch.setattr(evaluation, "generate", None)
     shutil.copytree(clip_path, tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").unlink()
     with pytest.raises(evaluation.EvaluationError, match="clip: its network cannot be loaded: .*safetensors"):
@@ -656,8 +786,18 @@ def test_card_gets_the_results_of_its_pipeline(run, tune, tmp_path, sd15_path):
         assert value == pytest.approx(report["runs"][1]["metrics"][name]["value"], rel=1e-3)
     assert "clip" in scores
     shutil.copy(output / "README.md", tmp_path / "card.md")
-    with pytest.raises(evaluation.EvaluationError, match="card.md is not in the folder of one of the pipelines"):
+    with pytest.raises(evaluation.EvaluationError, match="card.md is in the folder of 0 of the pipelines"):
         run(*only, "--update_model_card", tmp_path / "card.md")
+    with pytest.raises(evaluation.EvaluationError, match="README.md is in the folder of 2 of the pipelines"):
+        run("--pipelines", f"a={output}", f"b={output}", "--update_model_card", output)
+    # A checkpoint of the run lies in its folder, too, and is not what the card is of.
+    report = run(*only, "--checkpoints", f"run={output}", "--update_model_card", output)
+    assert [entry["name"] for entry in report["pipelines"]] == ["base", "tuned", "run@2", "run@4"]
+    results = evaluate_report.ModelCard.load(output / "README.md").data.eval_results
+    assert {result.metric_type: result.metric_value for result in results} == scores
+    (tmp_path / "broken.md").write_text("---\na: [\n---\n")
+    with pytest.raises(evaluation.ReportError, match="metadata of the model card .*broken.md cannot be read"):
+        run(*only, "--update_model_card", f"base={tmp_path / 'broken.md'}")
     run(*only, "--update_model_card", f"base={tmp_path / 'card.md'}")
     results = evaluate_report.ModelCard.load(tmp_path / "card.md").data.eval_results
     values = {result.metric_type: result.metric_value for result in results}
@@ -671,7 +811,7 @@ def test_votes_are_counted(run, tmp_path, sd15_path, sdxl_path):
          "left": "two", "right": "one", "choice": choice}
         for index, choice in enumerate(["right", "right", "left", "tie"])
     ]  # fmt: skip
-    data = {"format": "adt-votes/1", "report": evaluate_report.report_id(report), "votes": votes}
+    data = {"format": "adt-votes/1", "report": evaluate_report.report_id(report), "voter": "a", "votes": votes}
     (tmp_path / "votes.json").write_text(json.dumps(data))
     (row,) = run("--metrics", "sharpness", "--votes", tmp_path / "votes.json")["human_preference"]
     assert (row["first"], row["second"], row["n"], row["share"]) == ("one", "two", 4, 0.625)

@@ -46,7 +46,8 @@ PROMPTS = {
 
 def pipeline(name, training=None, run=None, iteration=None):
     return {
-        "name": name, "path": f"models/{name}", "lora": None, "run": run, "iteration": iteration, "training": training
+        "name": name, "path": f"models/{name}", "lora": None, "weights": f"of {name}", "run": run,
+        "iteration": iteration, "training": training,
     }  # fmt: skip
 
 
@@ -77,8 +78,9 @@ def make_report(pipelines, settings=(("ddim", 50, 7.0),), sets=("test", "quality
                 | {"images": {name: folder + "-quality" * (name == "quality") for name in sets}, "metrics": metrics}
             )
     settings = {
-        "dataset_name": "user/captions", "dataset_config_name": None, "split": "test", "num_images": 4,
-        "quality_prompts": "lists/hps.txt", "resolution": 16, "seed": 0, "dtype": "float32", "num_bootstrap": 100,
+        "dataset_name": "user/captions", "dataset_config_name": None, "split": "test", "num_images": 5,
+        "quality_prompts": "hps", "num_quality_prompts": 3, "resolution": 16, "seed": 0, "dtype": "float32",
+        "num_bootstrap": 100,
     }  # fmt: skip
     return {"settings": settings, "pipelines": pipelines, "runs": runs, "warnings": []}
 
@@ -135,7 +137,8 @@ def vote(left, right, choice, **changes):
 @pytest.fixture
 def votes_file(tmp_path):
     def votes_file(report, votes, name="votes.json", changes=None):
-        content = {"format": "adt-votes/1", "report": reporting.report_id(report), "votes": votes} | (changes or {})
+        content = {"format": "adt-votes/1", "report": reporting.report_id(report), "voter": name, "votes": votes}
+        content |= changes or {}
         (tmp_path / name).write_text(json.dumps(content))
         return tmp_path / name
 
@@ -144,10 +147,9 @@ def votes_file(tmp_path):
 
 def test_votes_of_several_people_are_counted(votes_file, write):
     report = make_report([pipeline("a"), pipeline("b"), pipeline("c")])
-    files = [
-        votes_file(report, [vote("a", "b", "left"), vote("b", "a", "left"), vote("b", "a", "right")]),
-        votes_file(report, [vote("b", "a", "tie"), vote("b", "a", "right"), vote("c", "b", "left")], "2.json"),
-    ]
+    first = [vote("a", "b", "left"), vote("b", "a", "left", index=1), vote("b", "a", "right", index=2)]
+    second = [vote("b", "a", "tie"), vote("b", "a", "right", index=1), vote("c", "b", "left", index=1)]
+    files = [votes_file(report, first), votes_file(report, second, "2.json")]
     row, other = reporting.count_votes(files, report)
     assert {key: row[key] for key in ("first", "second", "wins", "ties", "losses", "n", "share")} == {
         "first": "a", "second": "b", "wins": 3, "ties": 1, "losses": 1, "n": 5, "share": 0.7
@@ -174,6 +176,10 @@ def test_wilson_interval_by_hand():
         ([], {"votes": None}, "votes.json has no list of votes"),
         ([vote("a", "c", "left")], {}, "votes.json: vote 1 is on the pipeline 'c', which"),
         ([vote("a", "b", "left"), vote("a", "a", "left")], {}, "votes.json: vote 2 is on a and itself"),
+        ([], {"voter": None}, "votes.json does not say whose votes it has"),
+        ([vote("a", "b", "left", index=5)], {}, "vote 1 is on a prompt that the report lacks"),
+        ([vote("a", "b", "left", set="quality", index=3)], {}, "vote 1 is on a prompt that the report lacks"),
+        ([vote("a", "b", "left", set="other")], {}, "vote 1 is on a prompt that the report lacks"),
         ([vote("a", "b", "both")], {}, "votes.json: vote 1 chooses 'both'"),
         ([vote("a", "b", "left", steps=20)], {}, "votes.json: vote 1 is on a sampler, .* guidance that a lacks"),
     ],
@@ -190,15 +196,29 @@ def test_unreadable_votes_are_refused(tmp_path, votes_file):
     for name in ("votes.json", "nowhere.json"):
         with pytest.raises(reporting.ReportError, match=f"{name} cannot be read"):
             reporting.count_votes([tmp_path / name], report)
-    file = votes_file(report, [vote("a", "b", "tie")])
-    with pytest.raises(reporting.ReportError, match="given twice"):
-        reporting.count_votes([file, str(file)], report)
+
+
+def test_a_vote_counts_once(votes_file):
+    """Saved half-way and at the end, and voted on again: the last one counts, of each voter and prompt."""
+    report = make_report([pipeline("a"), pipeline("b")])
+    early = [vote("a", "b", "left")]
+    later = [*early, vote("b", "a", "tie", index=1), vote("b", "a", "left")]
+    mine = {"voter": "me"}
+    files = [votes_file(report, early, changes=mine), votes_file(report, later, "2.json", mine)]
+    [row] = reporting.count_votes([*files, files[1]], report)
+    assert (row["wins"], row["ties"], row["losses"], row["n"]) == (0, 1, 1, 2)
+    [row] = reporting.count_votes([*files, votes_file(report, early, "3.json")], report)
+    assert (row["wins"], row["ties"], row["losses"], row["n"]) == (1, 1, 1, 3)
 
 
 def test_report_id_is_of_what_was_compared():
     report = make_report([pipeline("a"), pipeline("b")])
     same, other = copy.deepcopy(report), copy.deepcopy(report)
     same["runs"][0]["metrics"]["clip"]["value"] = 0
+    same["settings"]["num_bootstrap"] = 7
+    retrained = copy.deepcopy(report)
+    retrained["pipelines"][0]["weights"] = "others"
+    assert reporting.report_id(report) != reporting.report_id(retrained)
     other["settings"]["seed"] = 1
     assert reporting.report_id(report) == reporting.report_id(same) != reporting.report_id(other)
     assert reporting.report_id(make_report([pipeline("a"), pipeline("b")], [("ddim", 49, 7.0)])) not in (
