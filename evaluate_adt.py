@@ -323,14 +323,24 @@ def load_index(path, args) -> dict:
     return index
 
 
-def load_pipeline(candidate, args, device):
-    index = load_index(candidate.path, args)
-    # Components that are absent must be said to be; a safety checker would blacken images at random.
+def absent_components(index) -> dict:
+    """What must be said to be absent: what is, and a safety checker, which would blacken images at random."""
     absent = {key: None for key, value in index.items() if isinstance(value, list) and None in value}
-    if "safety_checker" in index:
-        absent |= {"safety_checker": None, "requires_safety_checker": False}
+    return absent | ({"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {})
+
+
+def find_folder(candidate, args) -> Path:
+    """The pipeline's files on this machine, downloaded where need be."""
+    if Path(candidate.path).is_dir():
+        return Path(candidate.path)
+    absent = absent_components(load_index(candidate.path, args))
+    return Path(DiffusionPipeline.download(candidate.path, cache_dir=args.cache_dir, **absent))
+
+
+def load_pipeline(candidate, args, device):
+    absent = absent_components(load_index(candidate.path, args))
     dtype = getattr(torch, args.dtype)
-    pipeline = DiffusionPipeline.from_pretrained(candidate.path, torch_dtype=dtype, cache_dir=args.cache_dir, **absent)
+    pipeline = DiffusionPipeline.from_pretrained(find_folder(candidate, args), torch_dtype=dtype, **absent)
     if candidate.network is not None:
         role = "unet" if hasattr(pipeline, "unet") else "transformer"
         network = type(getattr(pipeline, role)).from_pretrained(candidate.network, torch_dtype=dtype)
@@ -367,7 +377,8 @@ def image_generator(seed, index) -> torch.Generator:
 def check_candidate(candidate, args) -> dict:
     """Loads the pipeline once before any image is made, and makes every sampler, to find what does not work.
 
-    Returns what its images depend on beside the sampling: the weights' files, by size and time, and each sampler.
+    Returns what its images depend on: "weights" stands for its files of weights, by size and time (adapters on the Hub
+    aside), and "samplers" has each one's configuration.
 
     Raises:
         EvaluationError: where it cannot be loaded, or a sampler does not suit it.
@@ -388,10 +399,8 @@ def check_candidate(candidate, args) -> dict:
         scheduler = make_scheduler(sampler, pipeline.scheduler)
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         samplers[sampler] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
-    folder = Path(candidate.path)
-    if not folder.is_dir():
-        folder = Path(DiffusionPipeline.download(candidate.path, cache_dir=args.cache_dir))
-    folders = [folder / name for name, value in load_index(candidate.path, args).items() if isinstance(value, list)]
+    folder, index = find_folder(candidate, args), load_index(candidate.path, args)
+    folders = [folder / name for name, value in index.items() if isinstance(value, list)]
     folders += [Path(path) for path in (candidate.network, candidate.lora) if path is not None]
     files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
     files += sorted(file for folder in folders for file in folder.glob("*.bin"))

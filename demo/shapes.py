@@ -123,10 +123,11 @@ def draw(distribution, count, seed):
 def write_imagefolder(directory, distribution, count, seed):
     """Write `draw(distribution, count, seed)` as PNGs and a `metadata.jsonl` with `file_name` and `text` columns.
 
-    `datasets.load_dataset("imagefolder", data_dir=directory)` reads the result.
+    `datasets.load_dataset("imagefolder", data_dir=directory)` reads the result. `directory` must not be there yet, or be
+    empty; it appears whole or not at all.
     """
     directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}-partial")  # so that the folder appears whole or not at all
+    partial = directory.with_name(f".{directory.name}-partial")
     partial.mkdir(parents=True, exist_ok=True)
     images, captions, _ = draw(distribution, count, seed)
     with open(partial / "metadata.jsonl", "w") as metadata:

@@ -750,6 +750,21 @@ def tune(sd15_path, dataset_path, tmp_path):
     return tune
 
 
+def test_a_pipeline_of_the_hub(run, sd15_path, tmp_path):
+    """As the Hub's cache keeps it once it is downloaded, which is all that can be had offline."""
+    repository = tmp_path / "cache" / "models--somebody--tiny"
+    shutil.copytree(sd15_path, repository / "snapshots" / "0123456789abcdef")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789abcdef")
+    only = ("--metrics", "sharpness", "--num_images", 3)
+    hub = run("--pipelines", "one=somebody/tiny", "--cache_dir", tmp_path / "cache", *only)
+    shutil.move(tmp_path / "report", tmp_path / "hub")
+    local = run("--pipelines", f"one={sd15_path}", *only)
+    assert hub["pipelines"][0]["path"] == "somebody/tiny" and hub["pipelines"][0]["training"] is None
+    scores = [report["runs"][0]["metrics"]["sharpness"]["scores"] for report in (hub, local)]
+    assert scores[0] == scores[1]
+
+
 @pytest.mark.parametrize(
     "more", [(), ("--use_ema", "--ema_decay", "0.5"), ("--use_lora",)], ids=["full", "ema", "lora"]
 )
