@@ -123,8 +123,8 @@ def draw(distribution, count, seed):
 def write_imagefolder(directory, distribution, count, seed):
     """Write `draw(distribution, count, seed)` as PNGs and a `metadata.jsonl` with `file_name` and `text` columns.
 
-    `datasets.load_dataset("imagefolder", data_dir=directory)` reads the result. `directory` must not be there yet, or be
-    empty; it appears whole or not at all.
+    `datasets.load_dataset("imagefolder", data_dir=directory)` reads the result. `directory` must not be there yet, or
+    be empty; it appears whole or not at all.
     """
     directory = Path(directory)
     partial = directory.with_name(f".{directory.name}-partial")
