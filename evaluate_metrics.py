@@ -13,9 +13,7 @@
 # limitations under the License.
 """The measures of `evaluate_adt.py`: from images and prompts to numbers."""
 
-import contextlib
 import importlib.util
-import io
 import pickle
 import re
 from itertools import pairwise
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
-from prdc import compute_prdc
+from prdc.prdc import compute_nearest_neighbour_distances, compute_pairwise_distance
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPTokenizer
@@ -431,10 +429,19 @@ def frechet_distance(real, generated) -> float:
 
 
 def precision_and_recall(real, generated, nearest_k) -> dict:
-    """Kynkäänniemi et al., arXiv:1904.06991: within the distance of a real (generated) image's k-th neighbour."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of images
-        result = compute_prdc(real.float().numpy(), generated.float().numpy(), nearest_k)
-    return {"precision": float(result["precision"]), "recall": float(result["recall"])}
+    """Kynkäänniemi et al., arXiv:1904.06991: is an image nearer to one of the others than that one's k-th neighbour?
+
+    Returns "precision", float64 (N,), 1 for each generated image near a real one, else 0, and "recall", (M,), for the
+    real images near a generated one. Their means are `compute_prdc`'s.
+    """
+    real, generated = real.float().numpy(), generated.float().numpy()
+    distances = compute_pairwise_distance(real, generated)
+    near_real = distances < compute_nearest_neighbour_distances(real, nearest_k)[:, None]
+    near_generated = distances < compute_nearest_neighbour_distances(generated, nearest_k)[None]
+    return {
+        "precision": torch.from_numpy(near_real.any(0)).double(),
+        "recall": torch.from_numpy(near_generated.any(1)).double(),
+    }
 
 
 def bootstrap_interval(function, count, args):
@@ -495,9 +502,10 @@ def measure(images, prompts, metrics, reference, networks, args) -> dict:
     if "precision_recall" in metrics:
         record = networks["dinov2"].record | {"k": args.nearest_k}
         found = precision_and_recall(reference["dinov2"], features["dinov2"], args.nearest_k)
-        for name, value in found.items():
-            # Not resampled: an image drawn twice is its own nearest neighbour.
-            results[name] = {"value": value, "interval": None, "n": count, **record}
+        for name, near in found.items():
+            # Resampled as shares of images; the neighbourhoods stay, since an image drawn twice is its own neighbour.
+            interval = bootstrap_interval(lambda indices, near=near: near[indices].mean().item(), len(near), args)
+            results[name] = {"value": near.mean().item(), "interval": interval, "n": count, **record}
     pairs = Loaded(lambda index: (images[index], prompts[index]), count)
     for metric in ("hps", "aesthetic", "clip"):
         if metric in metrics:

@@ -18,6 +18,7 @@ import torch
 from conftest import reset_accelerate
 from helpers import run_two_processes
 from PIL import Image, ImageFilter
+from prdc import compute_prdc
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
@@ -90,8 +91,8 @@ def test_report_has_every_pipeline_sampler_and_metric(run, tmp_path):
         assert set(result["metrics"]) == {"fdd", "precision", "recall", "clip", "sharpness"}
         for name, values in result["metrics"].items():
             assert values["n"] == 10 and np.isfinite(values["value"]), name
-        low, high = result["metrics"]["clip"]["interval"]
-        assert low <= high
+            low, high = values["interval"]
+            assert low <= values["value"] <= high or name == "fdd", name
     assert len(report["win_rates"]) == 4 and all(0 <= win["win_rate"] <= 1 for win in report["win_rates"])
     assert "few for a Fréchet distance" in report["warnings"][0]
     assert "fdd: 10 images are not more than the 32 features" in report["warnings"][1]
@@ -303,9 +304,22 @@ def test_precision_and_recall_by_hand():
     real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
     generated = torch.tensor([[0.5], [1.5], [5.0], [30.0]])
     # Real radii, k = 1: 1, 1, 1, 8; generated: 1, 1, 3.5, 25. Strictly nearer counts.
-    assert metrics.precision_and_recall(real, generated, 1) == {"precision": 0.75, "recall": 1.0}
+    found = metrics.precision_and_recall(real, generated, 1)
+    assert found["precision"].tolist() == [1, 1, 1, 0] and found["recall"].tolist() == [1, 1, 1, 1]
     same = metrics.precision_and_recall(real, real, 1)
-    assert same == {"precision": 1.0, "recall": 1.0}
+    assert same["precision"].tolist() == same["recall"].tolist() == [1] * 4
+
+
+def test_precision_and_recall_are_prdcs(capsys):
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(120, 6, generator=generator, dtype=torch.float64)
+    generated = 1.2 * torch.randn(90, 6, generator=generator, dtype=torch.float64) + 0.4
+    found = metrics.precision_and_recall(real, generated, 3)
+    expected = compute_prdc(real.float().numpy(), generated.float().numpy(), 3)
+    for name, near in found.items():
+        assert near.mean().item() == pytest.approx(expected[name], abs=1e-12)
+        assert 0.2 < expected[name] < 0.98
+    assert len(found["precision"]) == 90 and len(found["recall"]) == 120
 
 
 def test_sharpness_is_opencvs(pictures):
