@@ -444,16 +444,18 @@ def precision_and_recall(real, generated, nearest_k) -> dict:
     }
 
 
-def bootstrap_interval(function, count, args):
+def bootstrap_interval(function, count, args, biased=False):
     """The 2.5 % and 97.5 % percentiles of `function(indices)` over resampled indices; None without resamples.
 
-    Moved so that their mean is the value itself: a Fréchet distance grows when images are drawn twice.
+    Those of a `biased` one are moved so that their mean is the value itself: a Fréchet distance grows when images are
+    drawn twice.
     """
     if args.num_bootstrap == 0:
         return None
     generator = np.random.default_rng(args.seed)
     values = [function(torch.from_numpy(generator.integers(count, size=count))) for _ in range(args.num_bootstrap)]
-    return (np.percentile(values, [2.5, 97.5]) - np.mean(values) + function(torch.arange(count))).tolist()
+    moved = function(torch.arange(count)) - np.mean(values) if biased else 0.0
+    return (np.percentile(values, [2.5, 97.5]) + moved).tolist()
 
 
 def reference_features(real, networks, args) -> dict:
@@ -497,7 +499,7 @@ def measure(images, prompts, metrics, reference, networks, args) -> dict:
             def distance(indices, key=key):
                 return frechet_distance(reference[key], features[key][indices])
 
-            value, interval = distance(torch.arange(count)), bootstrap_interval(distance, count, args)
+            value, interval = distance(torch.arange(count)), bootstrap_interval(distance, count, args, biased=True)
             results[metric] = {"value": value, "interval": interval, "n": count, **networks[key].record}
     if "precision_recall" in metrics:
         record = networks["dinov2"].record | {"k": args.nearest_k}

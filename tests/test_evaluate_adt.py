@@ -92,7 +92,7 @@ def test_report_has_every_pipeline_sampler_and_metric(run, tmp_path):
         for name, values in result["metrics"].items():
             assert values["n"] == 10 and np.isfinite(values["value"]), name
             low, high = values["interval"]
-            assert low <= values["value"] <= high or name == "fdd", name
+            assert low <= high and (name not in ("precision", "recall") or 0 <= low <= high <= 1), name
     assert len(report["win_rates"]) == 4 and all(0 <= win["win_rate"] <= 1 for win in report["win_rates"])
     assert "few for a Fréchet distance" in report["warnings"][0]
     assert "fdd: 10 images are not more than the 32 features" in report["warnings"][1]
@@ -534,7 +534,9 @@ def test_win_rate_and_bootstrap_by_hand(options):
     values = torch.tensor([0.0, 1.0]).repeat(50)
     low, high = metrics.bootstrap_interval(lambda indices: values[indices].mean().item(), 100, args)
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.03) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.03)
-    biased = metrics.bootstrap_interval(lambda indices: len(set(indices.tolist())) / 100, 100, args)
+    assert metrics.bootstrap_interval(lambda indices: 1.0, 100, args) == [1, 1]
+    different = lambda indices: len(set(indices.tolist())) / 100  # noqa: E731
+    biased = metrics.bootstrap_interval(different, 100, args, biased=True)
     assert biased[0] < 1.0 < biased[1]  # every resample has about 63 different ones, the set itself 100
     assert metrics.bootstrap_interval(None, 100, evaluation.parse_args(options("--num_bootstrap", 0))) is None
 
