@@ -159,6 +159,7 @@ def build_tokenizer():
 def train_unet(output_dir, steps, seed):
     """Trains the UNet and the text encoder on `flat`, with the VAE that is there, and writes the whole pipeline."""
     vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae").eval()
+    vae.register_to_config(_name_or_path="")  # it is saved again, and where it lay is nobody's business
     images, captions, _ = load_images(["flat"], 20000, seed)
     with torch.no_grad():
         latents = torch.cat([vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(500)])
