@@ -21,7 +21,7 @@ Every pipeline draws each caption from the same noise, under every sampler and g
 already are kept, so that a stopped evaluation goes on; other settings in the same folder are refused. It writes
 `report.json`, `report.md` with its plots, and `report.html`, one file with a gallery and a blind comparison.
 
-It needs `evaluate_metrics.py`, `evaluate_report.py` and `evaluate_report.html` beside it.
+It needs `evaluate_metrics.py`, `evaluate_report.py`, `evaluate_report.html` and the `*_utils.py` beside it.
 """
 
 import argparse
@@ -29,28 +29,21 @@ import hashlib
 import inspect
 import json
 import sys
-import zlib
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
 import datasets
-import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image
 from tqdm.auto import tqdm
 
+from data_utils import make_generator
 from evaluate_metrics import (
     CHOICES,
     METRICS,
@@ -65,18 +58,12 @@ from evaluate_metrics import (
     square,
 )
 from evaluate_report import ReportError, count_votes, load_card, update_model_card, write_report
+from output_utils import list_checkpoints
+from training_utils import SAMPLERS, configure_sampler
 
 
-# The class, and what its configuration must say where `from_config`'s default would be wrong.
-SAMPLERS = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "thresholding": False, "timestep_spacing": "leading"}),
-    "dpmsolver++": (
-        DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "thresholding": False, "timestep_spacing": "linspace"},
-    ),
-    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}),
-    "own": (None, {}),  # the scheduler that the pipeline comes with
-}
+OWN = "own"  # the scheduler that the pipeline comes with
+SAMPLER_NAMES = (*SAMPLERS, OWN)
 # Below this many images the Fréchet distances' bias is larger than most differences.
 FEW_IMAGES = 2048
 
@@ -106,7 +93,7 @@ def parse_args(input_args=None):
     )  # fmt: skip
     parser.add_argument("--cache_dir", default=None, help="Where models and datasets from the Hub are stored.")
     parser.add_argument(
-        "--sampler", nargs="+", default=["own:50"], metavar="NAME:STEPS", help=f"Of {', '.join(SAMPLERS)}."
+        "--sampler", nargs="+", default=["own:50"], metavar="NAME:STEPS", help=f"Of {', '.join(SAMPLER_NAMES)}."
     )
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[7.0], help="One or several.")
     parser.add_argument("--resolution", type=int, default=None, help="Side of the images; the first pipeline's own.")
@@ -165,8 +152,8 @@ def parse_args(input_args=None):
     samplers = []
     for value in args.sampler:
         name, _, steps = value.partition(":")
-        if name not in SAMPLERS or not steps.isdigit() or int(steps) == 0:
-            parser.error(f"--sampler {value}: give NAME:STEPS with one of {', '.join(SAMPLERS)}.")
+        if name not in SAMPLER_NAMES or not steps.isdigit() or int(steps) == 0:
+            parser.error(f"--sampler {value}: give NAME:STEPS with one of {', '.join(SAMPLER_NAMES)}.")
         samplers.append((name, int(steps)))
     args.sampler, args.guidance_scale = list(dict.fromkeys(samplers)), list(dict.fromkeys(args.guidance_scale))
     unknown = [name for name in args.metrics if name not in CHOICES]
@@ -205,7 +192,7 @@ def find_candidates(args) -> list[Candidate]:
         lora = args.lora.get(name)
         candidates.append(Candidate(name, path, lora, training=read_training_facts(lora or path, args)))
     for run, folder in args.checkpoints.items():
-        candidates += list_checkpoints(run, Path(folder))
+        candidates += checkpoint_candidates(run, Path(folder))
     return candidates
 
 
@@ -222,19 +209,18 @@ def read_training_facts(path, args) -> dict | None:
     return json.loads(Path(file).read_text()) if Path(file).is_file() else None
 
 
-def list_checkpoints(run, folder) -> list[Candidate]:
+def checkpoint_candidates(run, folder) -> list[Candidate]:
     """The checkpoints of a training run as pipelines.
 
     Those of adapters go onto the base, others into the run's result, or into the base as long as there is none.
     """
-    found = {}
-    for manifest in folder.glob("checkpoint-*/adt_checkpoint.json"):
-        facts = json.loads(manifest.read_text())
-        found[facts["iteration"]] = manifest.parent, facts["config"]["pretrained_model_name_or_path"]
+    found = [path for path in list_checkpoints(folder) if (path / "adt_checkpoint.json").is_file()]
     if not found:
         raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
     candidates = []
-    for iteration, (checkpoint, base) in sorted(found.items()):
+    for checkpoint in found:
+        facts = json.loads((checkpoint / "adt_checkpoint.json").read_text())
+        iteration, base = facts["iteration"], facts["config"]["pretrained_model_name_or_path"]
         candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration)
         averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
         trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
@@ -357,21 +343,11 @@ def make_scheduler(sampler, base):
     Raises:
         EvaluationError: where it does not suit the model.
     """
-    scheduler_class, options = SAMPLERS[sampler]
-    if scheduler_class is None:
+    if sampler == OWN:
         return base
     if isinstance(base, FlowMatchEulerDiscreteScheduler) or base.config.get("use_flow_sigmas", False):
         raise EvaluationError(f"--sampler {sampler} does not suit a flow-matching model: use own.")
-    if base.config.get("rescale_betas_zero_snr", False):
-        options = options | {"timestep_spacing": "trailing"}
-    config = {name: value for name, value in base.config.items() if name not in ("clip_sample", "thresholding")}
-    return scheduler_class.from_config(config, **options)
-
-
-def image_generator(seed, index) -> torch.Generator:
-    """An image's own generator: the same noise for every pipeline, whatever the batch."""
-    entropy = [seed % 2**63, zlib.crc32(b"evaluation"), index]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1)
+    return configure_sampler(sampler, base.config)
 
 
 def check_candidate(candidate, args) -> dict:
@@ -461,7 +437,8 @@ def generate(pipeline, captions, steps, guidance_scale, directory, args, acceler
         indices = missing[first : first + args.batch_size]
         images = pipeline(
             [captions[index] for index in indices],
-            generator=[image_generator(args.seed, index) for index in indices],
+            # An image's own: the same noise for every pipeline, whatever the batch.
+            generator=[make_generator(args.seed, "evaluation", index) for index in indices],
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             height=args.resolution,

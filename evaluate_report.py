@@ -54,20 +54,16 @@ from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
 
+from training_utils import options_without_effect
+
 
 TITLE = "Comparison of text-to-image pipelines"
 VOTES_FORMAT = "adt-votes/1"
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
 # The gallery's images, in pixels: shrunk to the one, and exact (PNG) up to the other.
 MAX_SIDE, MAX_EXACT_SIDE = 512, 128
-# Training options that leave the result as it is, and those that "iterations" and "global_batch_size" stand for.
-NO_EFFECT = {
-    "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "foreach_ema",
-    "fuse_lora", "gradient_checkpointing", "hub_model_id", "hub_token", "logging_dir", "num_validation_images",
-    "offload_ema", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_project_name",
-    "validation_prompts", "validation_steps",
-    "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "train_batch_size",
-}  # fmt: skip
+# Training options that leave the result as it is, or that "iterations" and "global_batch_size" stand for.
+NO_EFFECT = options_without_effect()
 SETTING = ("sampler", "steps", "guidance_scale")
 # How `update_model_card` knows its own results.
 TOOL = "evaluate_adt.py"
