@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo demo-sd3 reproduce test quality clean
+.PHONY: demo demo-sd3 reproduce test quality docs clean
 
 .venv/installed: requirements.txt requirements-evaluate.txt constraints.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -28,6 +28,10 @@ quality: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/check_copies.py
+
+# Writes docs/options.md.
+docs: .venv/installed
+	$(BIN)/python docs/write_options.py
 
 clean:
 	rm -rf .venv benchmarks/output demo/output demo/output-sd3 demo/assets/sd3 .pytest_cache .ruff_cache

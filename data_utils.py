@@ -343,6 +343,7 @@ class EmbeddingCache:
             return {name: value.cpu().view(torch.uint8).numpy().tobytes() for name, value in encode(caption).items()}
 
         def open_part(n):
+            there = files[n].is_file()
             try:
                 return parts[n].map(
                     encode_row,
@@ -354,7 +355,9 @@ class EmbeddingCache:
                     writer_batch_size=50,  # rows that are held in memory; one of SD3's has 2.7 MB
                     desc="Encoding captions",
                 )
-            except pyarrow.ArrowException as error:
+            except (pyarrow.ArrowException, OSError) as error:
+                if not there:  # it could not be made
+                    raise
                 raise ADTError(f"--cache_text_embeddings {files[n]} is damaged: delete it. {error}") from error
 
         Path(directory).mkdir(parents=True, exist_ok=True)

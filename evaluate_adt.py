@@ -68,7 +68,7 @@ SAMPLER_NAMES = (*SAMPLERS, OWN)
 FEW_IMAGES = 2048
 
 
-def parse_args(input_args=None):
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Compares text-to-image pipelines on captioned images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -132,6 +132,11 @@ def parse_args(input_args=None):
         help="A pipeline's card, or NAME=PATH for that of pipeline NAME: its results become the card's metadata.",
     )  # fmt: skip
     parser.add_argument("--output_dir", default="report", help="Where images and reports are written.")
+    return parser
+
+
+def parse_args(input_args=None):
+    parser = make_parser()
     args = parser.parse_args(input_args)
 
     for option in ("pipelines", "lora", "checkpoints"):
@@ -556,7 +561,9 @@ def main(args):
                 generate(pipeline, prompts, run["steps"], run["guidance_scale"], directory, args, accelerator)
         del pipeline
     if accelerator.is_main_process:
-        evaluate(report, sets, metrics, dataset, networks, card, args, accelerator.device)
+        for network in networks.values():
+            network.to(accelerator.device)
+        evaluate(report, sets, metrics, dataset, networks, card, args)
     accelerator.end_training()
 
 
@@ -590,10 +597,8 @@ def open_image(file) -> Image.Image:
         raise EvaluationError(f"{file} does not decode: {error} Delete it, and it is drawn again.") from error
 
 
-def evaluate(report, sets, metrics, dataset, networks, card, args, device):
+def evaluate(report, sets, metrics, dataset, networks, card, args):
     """Measures the images of every run, and writes the reports and the card."""
-    for network in networks.values():
-        network.to(device)
     real, reference = None, {}
     if "test" in sets:
         real = Loaded(lambda index: square(open_reference(dataset, index, args), args.resolution), len(dataset))

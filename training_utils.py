@@ -191,14 +191,10 @@ def sampler_of(samplers):
     """A `type=` function: a key of `samplers`; one whose steps the path cannot express is refused with the reason."""
 
     def parse(text):
-        if text in REFUSED_SAMPLERS:
-            reason = REFUSED_SAMPLERS[text]
-            raise argparse.ArgumentTypeError(
-                f"{text} cannot be tuned with: {reason}; choose from {', '.join(samplers)}"
-            )
-        if text not in samplers:
-            raise argparse.ArgumentTypeError(f"{text} is not known; choose from {', '.join(samplers)}")
-        return text
+        if text in samplers:
+            return text
+        reason = f"cannot be tuned with: {REFUSED_SAMPLERS[text]}" if text in REFUSED_SAMPLERS else "is not known"
+        raise argparse.ArgumentTypeError(f"{text} {reason}; choose from {', '.join(samplers)}")
 
     return parse
 

@@ -21,8 +21,11 @@ from helpers import checkpoint_state, equal, read_network, read_scalars, relativ
 from PIL import Image
 from safetensors.torch import load_file
 
+import training_utils
 from adt_utils import constrained_step
 from benchmarks import memory
+from output_utils import list_checkpoints
+from training_utils import ADTError, Trained, trainable_parameters
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,11 +45,11 @@ def network(family):
 
 
 @pytest.fixture
-def loaded(train, network, monkeypatch):
+def loaded(train, monkeypatch):
     """The networks that runs have loaded, in a list."""
     networks = []
-    original = getattr(train, f"load_{network}")
-    monkeypatch.setattr(train, f"load_{network}", lambda *args: networks.append(original(*args)) or networks[-1])
+    original = train.load_network
+    monkeypatch.setattr(train, "load_network", lambda *args: networks.append(original(*args)) or networks[-1])
     return networks
 
 
@@ -138,7 +141,7 @@ def test_rollout_is_what_the_saved_pipeline_does(run, train, options, network, t
     conditions = train.make_conditions(
         unconditional_examples(), encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
     )
-    predict = train.make_predict(getattr(pipeline, network), conditions)
+    predict = train.make_predict(getattr(pipeline, network), conditions, train.FAMILY)
     with torch.no_grad():
         start = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         rollout = train.simulate_inference(predict, scheduler, start, 0, args.guidance_scale)
@@ -156,8 +159,8 @@ def test_gradient_is_that_of_plain_autograd(train, options, network, sampler, gr
     conditions = train.make_conditions(
         unconditional_examples(), encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
     )
-    model = getattr(train, f"load_{network}")(args, NO_ACCELERATOR).eval()
-    predict = train.make_predict(model, conditions)
+    model = train.load_network(args, NO_ACCELERATOR).eval()
+    predict = train.make_predict(model, conditions, train.FAMILY)
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     start = start * getattr(scheduler, "init_noise_sigma", 1.0)
 
@@ -196,7 +199,7 @@ def watched(train, loaded, monkeypatch):
         original = getattr(train, name)
 
         def wrapper(*args):
-            discriminator = next(arg for arg in args if isinstance(arg, train.SiameseDiscriminator))
+            discriminator = next(arg for arg in args if isinstance(arg, train.Adversary)).discriminator.module
             modules = {"generator": loaded[-1], "discriminator": discriminator}
             before = {key: state(module) for key, module in modules.items()}
             result = original(*args)
@@ -209,7 +212,7 @@ def watched(train, loaded, monkeypatch):
                         for key, module in modules.items()
                         if any(parameter.grad is not None for parameter in module.parameters())
                     },
-                    "trainable": train.trainable_parameters(discriminator),
+                    "trainable": trainable_parameters(discriminator),
                 }
             )
             return result
@@ -239,20 +242,20 @@ def test_first_iterations_do_not_touch_the_generator(run, watched, base_path, ne
     assert equal(read_network(base_path, network), read_network(output, network))
 
 
-def test_gradients_leak_into_no_other_network(run, train, monkeypatch):
+def test_gradients_leak_into_no_other_network(run, monkeypatch):
     """The gradients when an optimizer steps are its own network's alone."""
     networks, leaks = [], []
-    original = train.apply_update
+    original = Trained.step
 
-    def check(name, model, *others):
-        if not any(model is network for network in networks):
-            networks.append(model)
+    def check(trained, iteration):
+        if not any(trained.network is network for network in networks):
+            networks.append(trained.network)
         for network in networks:
             has = [parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad]
-            leaks.append(any(has) if network is not model else not all(has))
-        return original(name, model, *others)
+            leaks.append(any(has) if network is not trained.network else not all(has))
+        return original(trained, iteration)
 
-    monkeypatch.setattr(train, "apply_update", check)
+    monkeypatch.setattr(Trained, "step", check)
     run()
     assert len(networks) == 2 and leaks and not any(leaks)
 
@@ -261,26 +264,20 @@ def test_gradients_leak_into_no_other_network(run, train, monkeypatch):
 def test_generator_update_saves_no_more_for_more_steps(run, train, monkeypatch, checkpointing):
     """Counted around the script's own update, from the rollout's latents to the last replayed step."""
     monkeypatch.setattr(
-        train, "checkpoint", lambda function, *args, use_reentrant: memory.counted_checkpoint(function, *args)
+        training_utils, "checkpoint", lambda function, *args, use_reentrant: memory.counted_checkpoint(function, *args)
     )
-    original, peaks, networks = train.update_generator, {}, []
-    decode = train.decode_latents
+    original, peaks = train.update_generator, {}
 
-    def count(batches, unet, *others):
-        frozen = [arg for arg in others if isinstance(arg, torch.nn.Module)]
-        with memory.SavedTensors(unet, *networks, *frozen) as saved:
+    def count(batches, start_index, iteration, generator, adversary, models, run):
+        networks = generator.network, models.vae, adversary.feature_network, adversary.discriminator.module
+        with memory.SavedTensors(*networks) as saved:
             for batch in batches:
-                batch["generated"] = decode(networks[0], batch["rollout"].latents)
-            result = original(batches, unet, *others)
+                batch.generated = train.decode_latents(models.vae, batch.rollout.latents)
+            result = original(batches, start_index, iteration, generator, adversary, models, run)
         peaks.setdefault(peaks["key"], saved.peak)
         return result
 
-    def decode_and_keep(vae, latents):
-        networks[:] = [vae]
-        return decode(vae, latents)
-
     monkeypatch.setattr(train, "update_generator", count)
-    monkeypatch.setattr(train, "decode_latents", decode_and_keep)
     for k in (1, 3, 4):
         peaks["key"] = k
         run("--num_gradient_steps", k, "--max_train_steps", 2, "--num_inference_steps", 4, *checkpointing)
@@ -331,7 +328,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(run, train, network, option
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (checkpoint,) = train.list_checkpoints(killed)[-1:]
+    (checkpoint,) = list_checkpoints(killed)[-1:]
     last = int(checkpoint.name.split("-")[1])
     steps = ("--max_train_steps", last + 2, "--checkpointing_steps", last + 2)
     run(*steps, "--resume_from_checkpoint", "latest", output_dir="killed")
@@ -441,7 +438,7 @@ def test_v_prediction_and_zero_terminal_snr(run, train, family, options, tmp_pat
     conditions = train.make_conditions(
         unconditional_examples(), encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
     )
-    predict = train.make_predict(pipeline.unet, conditions)
+    predict = train.make_predict(pipeline.unet, conditions, train.FAMILY)
     with torch.no_grad():
         rollout = train.simulate_inference(predict, scheduler, noise * scheduler.init_noise_sigma, 0, 7.0, 0.7)
     assert relative(rollout.latents, expected) < 1e-5
@@ -541,7 +538,7 @@ def test_lora_over_lighter_weights(run, train, loaded, base_path, network):
     for name, value in base.items():
         wrapped = name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")
         assert torch.equal(state[name if name in state else wrapped], value.bfloat16()), name
-    assert {parameter.dtype for parameter in train.trainable_parameters(loaded[0])} == {torch.float32}
+    assert {parameter.dtype for parameter in trainable_parameters(loaded[0])} == {torch.float32}
     pipeline = load(base_path)
     before = sample(pipeline)
     pipeline.load_lora_weights(output)
@@ -585,13 +582,13 @@ def test_lora_on_a_half_precision_base_with_another_vae(
 
 
 @pytest.fixture
-def no_weights(train, network, monkeypatch):
+def no_weights(train, monkeypatch):
     """Fails a test in which a model's weights are loaded."""
 
     def load_weights(*args, **kwargs):
         raise AssertionError("loaded a model before the input was checked")
 
-    for name in ("PromptEncoder", "load_vae", f"load_{network}", "make_feature_network"):
+    for name in ("PromptEncoder", "load_vae", "load_network", "Adversary"):
         monkeypatch.setattr(train, name, load_weights)
 
 
@@ -612,7 +609,7 @@ def no_weights(train, network, monkeypatch):
     ],
 )
 def test_bad_input_is_refused_before_weights_are_loaded(run, train, no_weights, more, sentence, tmp_path):
-    with pytest.raises(train.ADTError, match=sentence):
+    with pytest.raises(ADTError, match=sentence):
         run(*more)
     assert not (tmp_path / "out").exists()
 
@@ -620,14 +617,14 @@ def test_bad_input_is_refused_before_weights_are_loaded(run, train, no_weights, 
 def test_damaged_base_is_named(run, train, no_weights, base_path, tmp_path):
     shutil.copytree(base_path, tmp_path / "base")
     shutil.rmtree(tmp_path / "base" / "vae")
-    with pytest.raises(train.ADTError, match="base has no readable VAE"):
+    with pytest.raises(ADTError, match="base has no readable VAE"):
         run("--pretrained_model_name_or_path", tmp_path / "base")
 
 
 def test_revision_and_cache_dir_reach_every_download(run, train, base_pipeline, network, monkeypatch, tmp_path):
     seen = {}
     classes = {type(component) for name, component in base_pipeline.components.items() if name != "scheduler"}
-    for cls in {getattr(train, c.__name__, c) for c in classes if c is not type(None)} | {type(base_pipeline)}:
+    for cls in {cls for cls in classes if cls is not type(None)} | {type(base_pipeline)}:
         original = cls.from_pretrained
 
         def load(path, *args, original=original, cls=cls, **kwargs):
@@ -672,20 +669,20 @@ def test_vae_that_overflows_is_named(run, train, monkeypatch, half, verb):
         return vae
 
     monkeypatch.setattr(train, "load_vae", damaged)
-    with pytest.raises(train.ADTError, match=f"The VAE, in float32, {verb} to values that are not finite"):
+    with pytest.raises(ADTError, match=f"The VAE, in float32, {verb} to values that are not finite"):
         run()
 
 
-def test_rollout_that_overflows_is_named(run, train, network, monkeypatch):
-    original = getattr(train, f"load_{network}")
+def test_rollout_that_overflows_is_named(run, train, monkeypatch):
+    original = train.load_network
 
     def damaged(*args):
         model = original(*args)
         next(model.parameters()).data.fill_(float("inf"))
         return model
 
-    monkeypatch.setattr(train, f"load_{network}", damaged)
-    with pytest.raises(train.ADTError, match="The sampler's latents are not finite at iteration 1"):
+    monkeypatch.setattr(train, "load_network", damaged)
+    with pytest.raises(ADTError, match="The sampler's latents are not finite at iteration 1"):
         run()
-    with pytest.raises(train.ADTError, match="The sampler's latents are not finite in validation"):
+    with pytest.raises(ADTError, match="The sampler's latents are not finite in validation"):
         run("--validation_prompts", "a red disc")

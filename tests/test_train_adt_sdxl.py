@@ -16,8 +16,10 @@ from helpers import equal, read_network, read_scalars
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
+import data_utils
 import train_adt_sd15
 import train_adt_sdxl as train
+from training_utils import ADTError
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +36,6 @@ def test_options_are_those_of_sd15_and_its_own(options):
     common = vars(train_adt_sd15.parse_args(options()))
     args = vars(train.parse_args(options()))
     assert set(args) == set(common) | OWN_OPTIONS
-    readme = (ROOT / "README.md").read_text()
-    assert [name for name in OWN_OPTIONS if f"| `--{name}` |" not in readme] == []
 
 
 def test_the_papers_defaults():
@@ -82,7 +82,7 @@ def test_recorded_sizes_are_the_official_scripts(options, sizes_path, flip, cent
     args = train.parse_args(options(*more))
     dataset = train.load_image_caption_dataset(args)
     names = dataset["text"][:]
-    items, mirrored = train.ImageCaptionDataset(dataset, args), set()
+    items, mirrored = data_utils.ImageCaptionDataset(dataset, args), set()
     for iteration in range(12):
         for index, name in enumerate(names):
             item = items[index, iteration, 0]
@@ -129,7 +129,7 @@ def test_time_ids_that_reach_the_model(run, options, sizes_path, monkeypatch, wh
     names = list(SIZES)
     embeds = torch.stack([encoder([name])["prompt_embeds"][0] for name in names])
     captions = train.load_image_caption_dataset(args)["text"][:]
-    keys = list(train.GlobalBatchSampler(3, args))
+    keys = list(data_utils.GlobalBatchSampler(3, args))
     assert len(iterations) == 4 and {training for training, _, _ in seen} == {False, True}
     for call, (training, prompt_embeds, time_ids) in enumerate(seen):
         iteration = sum(first <= call for first in iterations) - 1
@@ -171,12 +171,12 @@ def test_dropped_captions_are_the_unconditional_branch_in_the_loss_alone(options
     examples = {"original_sizes": torch.tensor([[20, 25]] * 2), "crop_top_lefts": torch.tensor([[1, 2]] * 2)}
     conditions = train.make_conditions(examples, positive, encoder.negative, torch.tensor([True, False]), args)
     for name, value in positive.items():
-        assert torch.equal(conditions["positive"][name], value)
-        assert torch.equal(conditions["loss"][name][0], encoder.negative[name][0])
-        assert torch.equal(conditions["loss"][name][1], value[1])
-        assert all(torch.equal(row, encoder.negative[name][0]) for row in conditions["negative"][name])
+        assert torch.equal(conditions.positive[name], value)
+        assert torch.equal(conditions.loss[name][0], encoder.negative[name][0])
+        assert torch.equal(conditions.loss[name][1], value[1])
+        assert all(torch.equal(row, encoder.negative[name][0]) for row in conditions.negative[name])
     inference, image = [[16, 16, 0, 0, 16, 16]] * 2, [[20, 25, 1, 2, 16, 16]] * 2
-    ids = {branch: condition["time_ids"].int().tolist() for branch, condition in conditions.items()}
+    ids = {branch: condition["time_ids"].int().tolist() for branch, condition in vars(conditions).items()}
     assert ids == {"negative": inference, "positive": inference, "loss": image}
 
 
@@ -198,18 +198,24 @@ def cache(tmp_path):
     return ("--cache_text_embeddings", tmp_path / "cache")
 
 
+@pytest.fixture
+def encoded(monkeypatch):
+    """The prompts that text encoders encode, in a list."""
+    prompts, original = [], train.PromptEncoder.encode
+    monkeypatch.setattr(
+        train.PromptEncoder, "encode", lambda self, prompt: prompts.append(prompt) or original(self, prompt)
+    )
+    return prompts
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_cached_embeddings_give_the_same_run_bitwise(run, cache, tmp_path, monkeypatch, precision):
-    monkeypatch.setattr(train, "PROMPTS_PER_FILE", 3)
+def test_cached_embeddings_give_the_same_run_bitwise(run, cache, encoded, tmp_path, monkeypatch, precision):
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_FILE", 3)
     common = ("--validation_prompts", "a blue moon", "--proportion_empty_prompts", 0.3, "--mixed_precision", precision)
     plain = run(*common, output_dir="plain")
     first = run(*common, *cache, output_dir="first")
-    assert len(list((tmp_path / "cache").glob("embeddings-*.safetensors"))) == 3  # eight captions and the empty one
-    encoded = []
-    original = train.PromptEncoder.encode
-    monkeypatch.setattr(
-        train.PromptEncoder, "encode", lambda self, prompt: encoded.append(prompt) or original(self, prompt)
-    )
+    assert len(list((tmp_path / "cache").glob("embeddings-*.arrow"))) == 3  # eight captions and the empty one
+    encoded.clear()
     second = run(*common, *cache, output_dir="second")
     assert encoded == ["", "a blue moon"]  # nothing of the dataset
     for output in (first, second):
@@ -234,80 +240,84 @@ def test_cache_frees_the_text_encoders(run, cache, monkeypatch):
     assert len(references) == 2
 
 
-def test_cache_of_other_text_encoders_is_refused(run, cache, tmp_path, sdxl_path):
-    run(*cache, "--max_train_steps", 1)
-    shutil.copytree(sdxl_path, tmp_path / "other")
-    file = tmp_path / "other" / "text_encoder_2" / "model.safetensors"
-    weights = load_file(file)
-    weights["text_projection.weight"][0, 0] += 1
-    save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(train.ADTError, match=rf"with the text encoders of {Path(sdxl_path).name}, .* of other are"):
-        run(*cache, "--pretrained_model_name_or_path", tmp_path / "other")
-    with pytest.raises(train.ADTError, match="in float32; those of .* are others now"):
-        run(*cache, "--mixed_precision", "bf16")
+def captions_in(dataset_path):
+    rows = map(json.loads, Path(dataset_path, "metadata.jsonl").read_text().splitlines())
+    return sorted(["", *(row["text"] for row in rows)])
 
 
-@pytest.mark.parametrize("what", ["hidden_act", "merges"])
-def test_cache_of_text_encoders_with_the_same_weights_is_refused(run, cache, tmp_path, sdxl_path, what):
+@pytest.mark.parametrize("what", ["weights", "hidden_act", "merges", "precision", "path"])
+def test_cache_of_other_text_encoders_is_another(run, cache, encoded, tmp_path, sdxl_path, dataset_path, what):
+    """Whatever an embedding depends on makes another file beside the first; the folder of the base does not."""
     run(*cache, "--max_train_steps", 1)
     shutil.copytree(sdxl_path, tmp_path / "other")
-    if what == "hidden_act":
+    more = ("--pretrained_model_name_or_path", tmp_path / "other")
+    if what == "weights":
+        file = tmp_path / "other" / "text_encoder_2" / "model.safetensors"
+        weights = load_file(file)
+        weights["text_projection.weight"][0, 0] += 1
+        save_file(weights, file, metadata={"format": "pt"})
+    elif what == "hidden_act":
         file = tmp_path / "other" / "text_encoder" / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
-    else:
+    elif what == "merges":
         tokenizer = tiny.CLIPTokenizer.from_pretrained(tmp_path / "other" / "tokenizer")
-        vocab = tokenizer.get_vocab()
-        tiny.CLIPTokenizer(vocab=vocab, merges=[("r", "e")], model_max_length=12).save_pretrained(
+        tiny.CLIPTokenizer(vocab=tokenizer.get_vocab(), merges=[("r", "e")], model_max_length=12).save_pretrained(
             tmp_path / "other" / "tokenizer"
         )
-    with pytest.raises(train.ADTError, match="are others now"):
-        run(*cache, "--pretrained_model_name_or_path", tmp_path / "other")
-    shutil.copytree(sdxl_path, tmp_path / "same")
-    run(
-        *cache, "--pretrained_model_name_or_path", tmp_path / "same", "--max_train_steps", 1
-    )  # another path is no matter
+    elif what == "precision":
+        more = ("--mixed_precision", "bf16")
+    encoded.clear()
+    run(*cache, *more, "--max_train_steps", 1)
+    assert encoded == [""] + (captions_in(dataset_path) if what != "path" else [])
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == (1 if what == "path" else 2)
 
 
-def test_cache_that_some_process_does_not_see_is_refused(run, cache, monkeypatch):
-    """Two machines with a folder each: what one writes the other does not see."""
-    monkeypatch.setattr(train, "gather_object", lambda values: [*values, False])
-    with pytest.raises(train.ADTError, match="must be on a file system that all processes share"):
-        run(*cache)
-
-
-def test_cache_of_another_dataset_is_refused(run, cache, tmp_path, dataset_path):
+def test_cache_of_another_dataset_encodes_what_changed(run, cache, encoded, tmp_path, dataset_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_FILE", 3)
     run(*cache, "--max_train_steps", 1)
     shutil.copytree(dataset_path, tmp_path / "data")
     metadata = tmp_path / "data" / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("a red square 0", "something else"))
-    with pytest.raises(train.ADTError, match=f"dataset {Path(dataset_path).name}, or .* data it lacks 1, .*'someth"):
-        run(*cache, "--train_data_dir", tmp_path / "data")
+    encoded.clear()
+    run(*cache, "--train_data_dir", tmp_path / "data")
+    assert "something else" in encoded and len(encoded) < 1 + 9  # not the file that has the same captions as before
 
 
-def test_damaged_cache_is_refused_and_an_unfinished_one_made_again(run, cache, tmp_path, monkeypatch):
-    def fail(*args):
-        raise OSError("disk full")
+def test_cache_that_some_process_does_not_see_is_refused(run, cache, monkeypatch):
+    """Two machines with a folder each: what one writes the other does not see."""
+    monkeypatch.setattr(data_utils, "gather_object", lambda values: [*values, False])
+    with pytest.raises(ADTError, match="must be on a file system that all processes share"):
+        run(*cache)
+
+
+def test_stopped_encoding_goes_on_and_a_damaged_file_is_named(run, cache, encoded, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_FILE", 3)
+    original = train.PromptEncoder.encode
+
+    def fail(self, prompt):
+        if len(encoded) == 1 + 4:  # the second file's second caption
+            raise OSError("disk full")
+        return original(self, prompt)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_file", fail)
+        patch.setattr(train.PromptEncoder, "encode", fail)
         with pytest.raises(OSError):
             run(*cache)
-    assert not (tmp_path / "cache" / "manifest.json").exists()
+    assert len(list((tmp_path / "cache").glob("embeddings-*.arrow"))) == 1
+    encoded.clear()
     run(*cache, "--max_train_steps", 1)
-    (file,) = (tmp_path / "cache").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(train.ADTError, match="embeddings-00000.safetensors is missing or truncated"):
-        run(*cache)
-    manifest = tmp_path / "cache" / "manifest.json"
-    manifest.write_text(manifest.read_text()[:40])
-    with pytest.raises(train.ADTError, match="manifest.json is damaged"):
+    assert len(encoded) == 1 + 6
+    files = sorted((tmp_path / "cache").glob("embeddings-*.arrow"))
+    assert len(files) == 3 and sorted((tmp_path / "cache").iterdir()) == files  # nothing half-written
+    files[1].write_bytes(files[1].read_bytes()[: files[1].stat().st_size // 2])
+    with pytest.raises(ADTError, match=f"{files[1].name} is damaged: delete it"):
         run(*cache)
 
 
 def test_every_caption_is_cached(dataset_path, tmp_path):
     rows = datasets.load_dataset("imagefolder", data_dir=dataset_path, split="train")
     rows = rows.remove_columns("text").add_column("text", [["one", "two"]] * 6 + [[], ["three"]])
-    assert train.list_captions(rows, types.SimpleNamespace(caption_column="text")) == ["", "one", "three", "two"]
+    assert data_utils.list_captions(rows, types.SimpleNamespace(caption_column="text")) == ["", "one", "three", "two"]
 
 
 def test_cache_options(options, capsys):
@@ -335,8 +345,8 @@ def test_precision_of_a_named_vae(options, tmp_path, force_upcast, precision, dt
     vae.save_pretrained(tmp_path / "vae")
     args = train.parse_args(options("--pretrained_vae_model_name_or_path", tmp_path / "vae"))
     accelerator = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision)
-    assert train.load_vae(args, accelerator).dtype == dtype
-    assert train.load_vae(train.parse_args(options()), accelerator).dtype == torch.float32
+    assert train.load_frozen_vae(args, accelerator).dtype == dtype
+    assert train.load_frozen_vae(train.parse_args(options()), accelerator).dtype == torch.float32
 
 
 def test_half_safe_vae_trains_and_is_saved_in_float32(run, tmp_path):
@@ -365,10 +375,10 @@ def test_half_safe_vae_trains_and_is_saved_in_float32(run, tmp_path):
     ],
 )
 def test_unsuitable_models_are_refused(run, sdxl_path, tmp_path, monkeypatch, file, changes, sentence):
-    monkeypatch.setattr(train, "prepare_run", None)  # nothing is loaded before
+    monkeypatch.setattr(train, "load_image_caption_dataset", None)  # nothing is loaded before
     shutil.copytree(sdxl_path, tmp_path / "base")
     config = json.loads((tmp_path / "base" / file).read_text()) | changes
     config = {name: value for name, value in config.items() if not (name == "beta_schedule" and value is None)}
     (tmp_path / "base" / file).write_text(json.dumps(config))
-    with pytest.raises(train.ADTError, match=sentence):
+    with pytest.raises(ADTError, match=sentence):
         run("--pretrained_model_name_or_path", tmp_path / "base")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 
 def gloo_threads():
@@ -19,15 +20,18 @@ def gloo_threads():
 
 
 def record(train, directory, options):
-    models, gradients, start_indices, threads = {}, [], [], []
-    apply_update, simulate_inference = train.apply_update, train.simulate_inference
-    end_training = train.Accelerator.end_training
+    """Runs `train`, a script's module, while what the docstring names is recorded."""
+    import training_utils
 
-    def recording_update(name, model, *others):
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    models, gradients, start_indices, threads = {}, [], [], []
+    step, simulate_inference = training_utils.Trained.step, train.simulate_inference
+    end_training = training_utils.Accelerator.end_training
+
+    def recording_step(trained, iteration):
+        parameters = [parameter for parameter in trained.network.parameters() if parameter.grad is not None]
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
-        stepped = apply_update(name, model, *others)
-        models[name] = [parameter.detach() for parameter in model.parameters()]
+        stepped = step(trained, iteration)
+        models[trained.name] = [parameter.detach() for parameter in trained.module.parameters()]
         return stepped
 
     def recording_inference(predict, scheduler, latents, start_index, *others):
@@ -39,15 +43,15 @@ def record(train, directory, options):
         end_training(accelerator)
         threads.append(gloo_threads())
 
-    train.apply_update, train.simulate_inference = recording_update, recording_inference
-    train.Accelerator.end_training = recording_end
+    training_utils.Trained.step, train.simulate_inference = recording_step, recording_inference
+    training_utils.Accelerator.end_training = recording_end
     try:
         train.main(train.parse_args(options))
     finally:
-        train.apply_update, train.simulate_inference = apply_update, simulate_inference
-        train.Accelerator.end_training = end_training
+        training_utils.Trained.step, train.simulate_inference = step, simulate_inference
+        training_utils.Accelerator.end_training = end_training
     weights = [[parameter.clone() for parameter in parameters] for parameters in models.values()]
-    rank = train.accelerate.PartialState().process_index
+    rank = PartialState().process_index
     Path(directory).mkdir(parents=True, exist_ok=True)
     result = {"gradients": gradients, "start_indices": start_indices, "weights": weights}
     result |= {"threads": threads[0], "threads_after": threads[1]}

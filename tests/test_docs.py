@@ -1,0 +1,65 @@
+"""Tests of README.md and docs/: what can be checked of them without running a command."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs"))
+
+import write_options  # noqa: E402
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# What a page names because a command writes it.
+WRITTEN = {"report.md", "sd15-adt/README.md"}
+
+
+def code(text) -> str:
+    """What stands in backticks, a line for each place."""
+    return "\n".join(re.findall(r"```.*?```|`[^`]+`", text, re.DOTALL))
+
+
+def anchors(page) -> set:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_options_are_what_the_parsers_say():
+    assert write_options.FILE.read_text() == write_options.write(), "run `make docs`"
+
+
+def test_readme_is_a_front_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if not link.startswith("http")]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_exist(page):
+    names = set(re.findall(r"[\w./*-]+\.(?:py|md|txt)\b", code(page.read_text()))) - WRITTEN
+    assert [name for name in sorted(names) if not any(ROOT.glob(name))] == []
+
+
+def test_the_map_names_what_is_there():
+    """The functions, classes and constants that README.md sends a reader to."""
+    readme = (ROOT / "README.md").read_text()
+    section = readme[readme.index("### Where do I change what?") :]
+    names = {part for name in re.findall(r"`(\w+(?:\.\w+)?)`", section) for part in name.split(".")}
+    names -= {"py", "args", *(file.stem for file in ROOT.glob("*.py"))}
+    files = [*ROOT.glob("*.py"), ROOT / "docs" / "write_options.py", ROOT / "tests" / "conftest.py"]
+    source = "\n".join(file.read_text() for file in files)
+    defined = set(re.findall(r"(?:\bdef|\bclass|^) *(\w+)(?=[(:]| = |: )", source, re.MULTILINE))
+    assert len(names) > 30 and names - defined == set()

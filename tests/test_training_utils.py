@@ -1,0 +1,414 @@
+"""Options, engines and precision, updates and the adversary in runs of the SD1.5 script; what modules import."""
+
+import ast
+import json
+import logging
+import math
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from conftest import FAMILIES
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers import equal, read_network, read_scalars
+
+import train_adt_sd15 as train
+import training_utils
+from adt_utils import SiameseDiscriminator, update_spectral_norm
+from output_utils import list_checkpoints
+from training_utils import ADTError, Nature, Totals
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def family():
+    return FAMILIES["sd15"]
+
+
+# Options: what they are beside their values
+
+
+# As the scripts listed them before an option's nature was declared with the option.
+FREE_ON_RESUME = {
+    "allow_tf32", "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers",
+    "discriminator_norm_group", "foreach_ema", "fuse_lora", "gradient_accumulation_steps", "gradient_checkpointing",
+    "hub_model_id", "logging_dir", "max_train_steps", "num_train_epochs", "num_validation_images", "offload_ema",
+    "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_project_name", "train_batch_size",
+    "validation_prompts", "validation_steps",
+}  # fmt: skip
+PRIVATE = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "resume_from_checkpoint"}
+ADVERSARIAL = {
+    "adversarial_gradient_ratio", "augmentation_pairing", "augmentation_policy", "diffusion_loss_weight",
+    "generator_start_step", "generator_update_interval", "gradient_path", "num_gradient_steps",
+}  # fmt: skip
+FINE_TUNING = {"sd15": set(), "sdxl": set(), "sd3": {"weighting_scheme", "logit_mean", "logit_std", "mode_scale"}}
+LARGE_TEXT_ENCODERS = {
+    "sd15": set(),
+    "sdxl": {"cache_text_embeddings", "offload_text_encoders"},
+    "sd3": {"cache_text_embeddings", "offload_text_encoders"},
+}
+# As `evaluate_report.py` listed them.
+NO_EFFECT = {
+    "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "foreach_ema",
+    "fuse_lora", "gradient_checkpointing", "hub_model_id", "hub_token", "logging_dir", "num_validation_images",
+    "offload_ema", "output_dir", "push_to_hub", "report_to", "resume_from_checkpoint", "tracker_project_name",
+    "validation_prompts", "validation_steps",
+    "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "train_batch_size",
+}  # fmt: skip
+SHORTEST = ("--pretrained_model_name_or_path", "x", "--dataset_name", "y")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_natures(name):
+    args = FAMILIES[name].train.parse_args(SHORTEST)
+    large = LARGE_TEXT_ENCODERS[name]
+    assert args.natures.keys() == vars(args).keys()
+    free = args.of_nature(Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED)
+    assert free - {"hub_token"} == FREE_ON_RESUME | large
+    assert args.of_nature(Nature.COUNTED) == {
+        "gradient_accumulation_steps", "max_train_steps", "num_train_epochs", "train_batch_size",
+    }  # fmt: skip
+    assert args.of_nature(Nature.SECRET) == {"hub_token"}
+    assert args.of_nature(Nature.PRIVATE) == PRIVATE | (large & {"cache_text_embeddings"})
+    discriminators = {option for option in vars(args) if option.startswith("discriminator_")}
+    assert args.of_nature(Nature.ADVERSARIAL) == ADVERSARIAL | discriminators
+    assert args.of_nature(Nature.FINE_TUNING) == FINE_TUNING[name]
+    assert args.of_nature(Nature.LORA) == {"rank", "lora_alpha", "lora_dropout", "lora_target_modules"}
+
+
+def test_options_without_effect():
+    assert training_utils.options_without_effect() == NO_EFFECT | {"offload_text_encoders", "cache_text_embeddings"}
+
+
+def test_replace_leaves_the_options_as_they_are():
+    args = train.parse_args(SHORTEST)
+    before = dict(vars(args))
+    changed = args.replace(seed=7, max_train_steps=3)
+    assert type(changed) is type(args)
+    assert vars(args) == before and args.seed == 0
+    assert vars(changed) == before | {"seed": 7, "max_train_steps": 3}
+    assert changed.natures == args.natures and changed.of_nature(Nature.SECRET) == {"hub_token"}
+    assert "natures" not in vars(args) and "natures" not in vars(changed)
+
+
+# Options: each does what its help says
+
+
+CHANGES = [
+    ("--seed", 1), ("--max_train_samples", 3), ("--center_crop",), ("--random_flip",),
+    ("--image_interpolation_mode", "nearest"), ("--proportion_empty_prompts", 1), ("--max_train_steps", 2),
+    ("--generator_update_interval", 1), ("--generator_start_step", 3), ("--num_gradient_steps", 1),
+    ("--gradient_path", "drtune"), ("--learning_rate", 5e-4), ("--scale_lr",), ("--lr_scheduler", "cosine"),
+    ("--lr_warmup_steps", 10), ("--adam_beta1", 0.5), ("--adam_beta2", 0.5), ("--adam_weight_decay", 0.5),
+    ("--adam_epsilon", 1e-3), ("--max_grad_norm", 1e-4, "--adam_epsilon", 1e-3), ("--use_ema",), ("--snr_gamma", 0.1),
+    ("--noise_offset", 0.5), ("--prediction_type", "v_prediction"), ("--sampler", "euler"),
+    ("--num_inference_steps", 5), ("--timestep_spacing", "trailing"), ("--guidance_scale", 2),
+    ("--guidance_rescale", 0.7), ("--adversarial_loss_weight", 0.5), ("--diffusion_loss_weight", 0.1),
+    ("--discriminator_layers", 0, 2), ("--discriminator_resolution", 12), ("--discriminator_norm_group", 1),
+    ("--discriminator_type", "projected"), ("--discriminator_similarity", "dot"),
+    ("--discriminator_reduction", "pooled"), ("--discriminator_ema_decay", 0.5),
+    ("--discriminator_learning_rate", 1e-4), ("--discriminator_lr_warmup_steps", 10), ("--augmentation_policy",),
+    ("--augmentation_policy", "color"), ("--augmentation_pairing", "shared"), ("--augmentation_pairing", "input"),
+    ("--train_batch_size", 1), ("--gradient_accumulation_steps", 2), ("--mixed_precision", "bf16"),
+    ("--use_lora", "--rank", 2), ("--num_train_epochs", 1, "--max_train_steps", 3),
+    ("--resolution", 8, "--discriminator_resolution", 8),
+]  # fmt: skip
+KEEPS = [
+    ("--gradient_checkpointing",), ("--dataloader_num_workers", 1), ("--allow_tf32",),
+    ("--use_ema", "--offload_ema"), ("--use_ema", "--foreach_ema"), ("--lr_num_cycles", 2), ("--lr_power", 2),
+    ("--ema_decay", 0.5),
+]  # fmt: skip
+ELSEWHERE = {
+    "help", "pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path",
+    "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "cache_dir",
+    "output_dir", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
+    "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
+    "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "num_validation_images", "validation_steps",
+    "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
+    "hub_model_id", "hub_token",
+}  # fmt: skip
+
+
+def fingerprint(output):
+    """What a run computed: its weights and everything that it logged."""
+    weights = {} if (output / "pytorch_lora_weights.safetensors").exists() else read_network(output)
+    return weights, read_scalars(output)
+
+
+@pytest.fixture(scope="module")
+def plain_runs():
+    return {}
+
+
+def test_every_option_is_in_one_of_the_lists(options):
+    args = vars(train.parse_args(options()))
+    named = {word[2:] for case in CHANGES + KEEPS for word in map(str, case) if word.startswith("--")}
+    assert named | ELSEWHERE == set(args) | {"help"}
+
+
+@pytest.mark.parametrize("case", CHANGES, ids=lambda case: " ".join(map(str, case)))
+def test_option_changes_the_run(run, plain_runs, case):
+    if "plain" not in plain_runs:
+        plain_runs["plain"] = fingerprint(run(output_dir="plain"))
+    assert not equal(plain_runs["plain"], fingerprint(run(*case)))
+
+
+@pytest.mark.parametrize("case", KEEPS, ids=lambda case: " ".join(map(str, case)))
+def test_option_keeps_the_run(run, plain_runs, case):
+    name = "--use_ema" if "--use_ema" in case else "plain"
+    if name not in plain_runs:
+        plain_runs[name] = fingerprint(run(*(("--use_ema",) if name == "--use_ema" else ()), output_dir="plain"))
+    weights, scalars = plain_runs[name]
+    other_weights, other_scalars = fingerprint(run(*case))
+    assert other_scalars == scalars
+    for key in weights:
+        assert torch.allclose(weights[key], other_weights[key], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("cosine_with_restarts", ("--lr_num_cycles", 2)), ("polynomial", ("--lr_power", 3))]
+)
+def test_scheduler_options(run, kind, more):
+    plain = read_scalars(run("--lr_scheduler", kind, output_dir="plain"))["discriminator_lr"]
+    assert plain != read_scalars(run("--lr_scheduler", kind, *more))["discriminator_lr"]
+
+
+def test_ema_decay(run):
+    common = ("--use_ema", "--generator_update_interval", 1, "--max_train_steps", 4)
+    low = read_network(run(*common, "--ema_decay", 0.1, output_dir="low"))
+    assert not equal(low, read_network(run(*common, "--ema_decay", 0.9)))
+
+
+def test_num_train_epochs(options, tmp_path):
+    arguments = options("--num_train_epochs", 2)
+    at = arguments.index("--max_train_steps")
+    del arguments[at : at + 2]
+    args = train.parse_args(arguments)
+    assert args.max_train_steps is None
+    train.main(args)
+    facts = json.loads((tmp_path / "out" / "adt_config.json").read_text())
+    assert facts["iterations"] == 8  # 2 epochs of 8 images in batches of 2
+    assert args.max_train_steps is None  # the caller's options stay as they were
+
+
+def test_scale_lr(options, tmp_path):
+    args = train.parse_args(options("--scale_lr", "--gradient_accumulation_steps", 2))
+    train.main(args)
+    trained_with = json.loads((tmp_path / "out" / "adt_config.json").read_text())["training_options"]
+    rates = trained_with["learning_rate"], trained_with["discriminator_learning_rate"]
+    assert rates == pytest.approx((4e-3, 4e-3)) and trained_with["scale_lr"] is False
+    assert (args.learning_rate, args.discriminator_learning_rate, args.scale_lr) == (1e-3, 1e-3, True)
+
+
+# Bad options, and what a machine cannot do
+
+
+def fails(options, *more, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(options(*more))
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--dataset_name", "x"), "either --dataset_name or --train_data_dir"),
+        (("--train_data_dir", "nowhere"), "argument --train_data_dir: nowhere is not a folder"),
+        (("--output_dir", __file__), "argument --output_dir: .* is a file"),
+        (("--sampler", "unipc"), "UniPC's corrector reuses stored samples"),
+        (("--sampler", "heun"), "second stage"),
+        (("--sampler", "ddpn"), r"not known; choose from ddim, dpmsolver\+\+, euler"),
+        (("--num_gradient_steps", 0), "argument --num_gradient_steps: must be greater than 0, not 0"),
+        (("--train_batch_size", -1), "argument --train_batch_size: must be greater than 0, not -1"),
+        (
+            ("--adversarial_loss_weight", "much"),
+            "argument --adversarial_loss_weight: much is neither a number nor auto",
+        ),
+        (("--adversarial_loss_weight", -1), "argument --adversarial_loss_weight: must not be negative, not -1"),
+        (("--adversarial_loss_weight", "auto", "--diffusion_loss_weight", 0), "needs a diffusion loss"),
+        (("--discriminator_norm_group", 3), "does not divide"),
+        (("--proportion_empty_prompts", 1.5), r"argument --proportion_empty_prompts: must lie in \[0, 1\], not 1.5"),
+        (("--guidance_scale", "nan"), "argument --guidance_scale: must not be negative, not nan"),
+        (("--hub_token", "hf_x", "--report_to", "wandb"), "--hub_token would reach wandb"),
+        (("--hub_token", "hf_x", "--report_to", "all"), "--hub_token would reach all"),
+    ],
+)
+def test_bad_options(options, capsys, more, sentence):
+    assert re.search(sentence, fails(options, *more, capsys=capsys))
+
+
+def test_no_dataset(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--pretrained_model_name_or_path", "x"])
+    assert "give either --dataset_name or --train_data_dir" in capsys.readouterr().err
+
+
+# Engines and precision
+
+
+def test_sharded_engines_are_refused(run, monkeypatch):
+    monkeypatch.setattr(training_utils.Accelerator, "distributed_type", DistributedType.DEEPSPEED)
+    with pytest.raises(ADTError, match="DEEPSPEED is not supported"):
+        run()
+
+
+def test_eight_bit_adam(run, monkeypatch):
+    if not training_utils.transformers.utils.is_bitsandbytes_available():
+        with pytest.raises(ADTError, match="pip install bitsandbytes"):
+            run("--use_8bit_adam")
+    made = []
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, *args, **kwargs):
+            made.append(kwargs["lr"])
+            super().__init__(*args, **kwargs)
+
+    module = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    monkeypatch.setattr(training_utils.transformers.utils, "is_bitsandbytes_available", lambda: True)
+    run("--use_8bit_adam")
+    assert made == [1e-3]  # the generator's
+
+
+def test_mixed_precision_keeps_float32_weights(run):
+    plain, mixed = run(output_dir="plain"), run("--mixed_precision", "bf16", output_dir="mixed")
+    assert {value.dtype for value in read_network(mixed).values()} == {torch.float32}
+    first, second = read_scalars(plain), read_scalars(mixed)
+    assert second["diffusion_loss"][2] == pytest.approx(first["diffusion_loss"][2], rel=0.05)
+    assert second["diffusion_loss"] != first["diffusion_loss"]
+
+
+def test_mixed_precision_of_latents_and_records(run, monkeypatch):
+    seen = []
+    original = StableDiffusionPipeline.prepare_latents
+
+    def prepare_latents(*args, **kwargs):
+        seen.append(original(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", prepare_latents)
+    bf16 = ("--mixed_precision", "bf16", "--checkpointing_steps", 4)
+    output = run("--validation_prompts", "a red disc", *bf16)
+    assert seen and {latents.dtype for latents in seen} == {torch.float32}
+    facts = json.loads((output / "adt_config.json").read_text())
+    assert (facts["mixed_precision"], facts["global_batch_size"], facts["num_processes"]) == ("bf16", 2, 1)
+    with pytest.raises(ADTError, match=r"mixed_precision bf16 \(now no\)"):
+        run("--resume_from_checkpoint", "latest")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch --mixed_precision bf16` says it
+    run("--resume_from_checkpoint", "latest")
+
+
+# Updates and the adversary
+
+
+class Processes:
+    """Stands for accelerate where all of `num_processes` processes have the same values."""
+
+    def __init__(self, num_processes):
+        self.num_processes = num_processes
+
+    def reduce(self, values, reduction):
+        assert reduction == "mean"
+        return values
+
+
+# The norm of the global batch's gradient, a mean over all micro-batches: |(3, 4)| / 2 and |(3, 4, 3, 4)| / 4.
+@pytest.mark.parametrize(("num_processes", "norm"), [(1, 5 / 2), (2, 50**0.5 / 4)])
+def test_totals(num_processes, norm):
+    totals = Totals(2)
+    for loss, value in ((1.0, 3.0), (2.0, 4.0)):
+        totals.add_means(loss=torch.tensor(loss, requires_grad=True))
+        totals.add_squared_norms(norm=torch.tensor(value).square())
+    assert totals.reduce(Processes(num_processes), iteration=0) == pytest.approx({"loss": 1.5, "norm": norm})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["means", "squared_norms"])
+def test_totals_name_a_value_that_is_not_finite(kind, value):
+    totals = Totals(1)
+    totals.add_means(generator_loss=torch.tensor(1.0))
+    getattr(totals, f"add_{kind}")(diffusion_value=torch.tensor(value))
+    with pytest.raises(ADTError, match=f"The diffusion value became {value} at iteration 3"):
+        totals.reduce(Processes(1), iteration=2)
+
+
+def test_generator_warm_up_counts_generator_updates(run):
+    scalars = read_scalars(run("--lr_warmup_steps", 4, "--discriminator_lr_warmup_steps", 2))
+    assert list(scalars["lr"].values()) == pytest.approx([0, 0.25e-3, 0.25e-3, 0.5e-3])
+    assert list(scalars["discriminator_lr"].values()) == pytest.approx([0.5e-3, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(("name", "iteration"), [("generator", 2), ("discriminator", 1)])
+def test_infinite_gradient_stops_the_run_before_the_step(run, tmp_path, monkeypatch, name, iteration):
+    """A finite loss may have a gradient that is not, which would spoil every weight through the clipping."""
+    cls = UNet2DConditionModel if name == "generator" else SiameseDiscriminator
+    original = cls.train
+
+    def break_and_train(self, mode=True):  # after the weights are loaded and before the first update
+        if not hasattr(self, "broken"):
+            self.broken = True
+            next(p for p in self.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * math.inf)
+        return original(self, mode)
+
+    monkeypatch.setattr(cls, "train", break_and_train)
+    monkeypatch.setattr(
+        train, "update_spectral_norm", lambda discriminator: update_spectral_norm(discriminator.train())
+    )
+    with pytest.raises(ADTError, match=f"gradient norm of the {name} became (nan|inf) at iteration {iteration}"):
+        run("--checkpointing_steps", 1)
+    assert len(list_checkpoints(tmp_path / "out")) == iteration - 1
+
+
+def test_skipped_step_moves_nothing(run, monkeypatch):
+    """float16's loss scaling skips a step that overflowed: averages and schedules must not move then."""
+    twins = []
+    monkeypatch.setattr(AcceleratedOptimizer, "step", lambda self: None)
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", True)
+    monkeypatch.setattr(SiameseDiscriminator, "update_twin", lambda self: twins.append(1))
+    output = run("--use_ema", "--lr_warmup_steps", 2, "--checkpointing_steps", 4)
+    state = json.loads((output / "checkpoint-4" / "unet_ema" / "ema.json").read_text())
+    assert state["optimization_step"] == 0 and twins == []
+    assert set(read_scalars(output)["lr"].values()) == {0}
+
+
+def test_saturation_is_warned_about_once(run, monkeypatch, caplog):
+    monkeypatch.setattr(training_utils, "SATURATION_GAP", -10)
+    monkeypatch.setattr(training_utils, "SATURATION_ITERATIONS", 2)
+    with caplog.at_level(logging.WARNING):
+        run()
+    assert sum("saturated" in message for message in caplog.messages) == 1
+
+
+# Modules
+
+
+UTILS = ("adt_utils", "training_utils", "data_utils", "output_utils")  # each may import those before it
+
+
+def imports_of(module):
+    """The modules of this repository that a module of it imports, wherever in its code."""
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module)
+    return imported & {path.stem for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize("module", UTILS)
+def test_utils_import_one_way(module):
+    assert imports_of(module) <= set(UTILS[: UTILS.index(module)])
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("train_adt_*.py")))
+def test_scripts_import_no_script(script):
+    assert imports_of(script) <= set(UTILS)
