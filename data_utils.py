@@ -136,9 +136,10 @@ def check_dataset(dataset, indices, args) -> int:
 def check_used_images(dataset, first_iteration, args, accelerator):
     """`check_dataset` for the images that the run will use, shared out over the processes; warns of empty captions."""
     sampler = GlobalBatchSampler(len(dataset), args, accelerator.num_processes, accelerator.process_index)
-    iterations = range(first_iteration, args.max_train_steps)
-    positions = range(iterations.start * sampler.global_batch_size, iterations.stop * sampler.global_batch_size)
-    used = sorted({sampler.dataset_index(n) for n in positions[: len(dataset)]})
+    batch_size = sampler.global_batch_size
+    positions = range(first_iteration * batch_size, args.max_train_steps * batch_size)
+    # The rest of an epoch, and a whole one.
+    used = sorted({sampler.dataset_index(n) for n in positions[: 2 * len(dataset)]})
     num_empty = check_dataset(dataset, used[accelerator.process_index :: accelerator.num_processes], args)
     num_empty = int(accelerator.reduce(torch.tensor(num_empty, device=accelerator.device), reduction="sum"))
     if num_empty:
@@ -149,7 +150,7 @@ def check_used_images(dataset, first_iteration, args, accelerator):
 
 
 def transform_image(image, generator, args):
-    """Resizes, flips and crops as the diffusers examples do, with four draws from `generator`.
+    """Resizes, flips and crops as the diffusers examples do, with three draws from `generator`.
 
     Returns:
         pixel values (3, resolution, resolution) in [-1, 1], and the crop's top left corner (y, x) in the resized
@@ -230,7 +231,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         self.args = args
         self.num_processes, self.process_index = num_processes, process_index
         self.first_iteration = first_iteration
-        self.permutation = lru_cache(maxsize=2)(self.draw_permutation)
+        self.permutation = lru_cache(maxsize=2)(self.draw_permutation)  # a batch may lie in two epochs
 
     @property
     def global_batch_size(self) -> int:

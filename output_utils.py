@@ -23,7 +23,6 @@ The sections can be read alone:
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate
@@ -46,6 +45,7 @@ from training_utils import (
     Nature,
     averaged_weights,
     check_latents,
+    global_batch_size,
     hub_options,
     norm_group,
     trainable_parameters,
@@ -60,14 +60,19 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks 
 # Checkpoints
 
 
+def ignored_on_resume(args) -> set[str]:
+    """The options that do not matter, in this run, for going on with a checkpoint."""
+    natures = [Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED, Nature.SECRET]
+    natures += [Nature.FINE_TUNING if args.adversarial else Nature.ADVERSARIAL]
+    natures += [] if args.use_lora else [Nature.LORA]
+    return args.of_nature(*natures)
+
+
 def checkpoint_config(args, accelerator) -> dict:
     """What a checkpoint must agree with when a run is resumed."""
-    ignored = [Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED, Nature.SECRET]
-    ignored += [] if args.use_lora else [Nature.LORA]
-    ignored += [Nature.FINE_TUNING if args.adversarial else Nature.ADVERSARIAL]
-    ignored = args.of_nature(*ignored)
+    ignored = ignored_on_resume(args)
     config = {name: value for name, value in vars(args).items() if name not in ignored}
-    config["global_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    config["global_batch_size"] = global_batch_size(args, accelerator)
     if args.adversarial:
         config["discriminator_norm_group"] = norm_group(args)
     config["mixed_precision"] = accelerator.mixed_precision
@@ -154,7 +159,9 @@ def find_checkpoint(args, accelerator) -> tuple[Path | None, int]:
         return None, 0
     older = [other for other in list_checkpoints(args.output_dir) if other != path]
     manifest = read_manifest(path, f" Try --resume_from_checkpoint {older[-1].name}." if older else "")
-    before, now = manifest["config"], checkpoint_config(args, accelerator)
+    now, ignored = checkpoint_config(args, accelerator), ignored_on_resume(args)
+    # What an earlier version compared and this one does not is no difference.
+    before = {name: value for name, value in manifest["config"].items() if name in now or name not in ignored}
     different = [
         f"{name} {before.get(name)} (now {now.get(name)})"
         for name in sorted(now.keys() | before.keys())
@@ -187,9 +194,15 @@ def load_adapters(network, family, directory):
 
 
 def register_checkpoint_hooks(generator, run):
-    """Has accelerate save and load the networks as safetensors, in the layout that pipelines load."""
+    """Has accelerate save and load the networks as safetensors, in the layout that pipelines load.
+
+    A checkpoint then has, of these hooks, the network's folder (or its adapters' file), the same in `*_ema` with
+    `ema.json`, and `discriminator.safetensors`; of accelerate, `optimizer.bin` and `custom_checkpoint_0.pkl` (the
+    generator's optimizer and schedule), `optimizer_1.bin` and `custom_checkpoint_1.pkl` (the discriminator's) and each
+    process's `random_states_*.pkl`; and of `save_checkpoint`, `adt_checkpoint.json`.
+    """
     # The hooks live as long as the accelerator: they must not hold what data parallelism wraps, see `end_run`.
-    network, ema = generator.module, generator.ema
+    network, ema = generator.network, generator.ema
     family, args, accelerator = run.family, run.args, run.accelerator
 
     def folder(directory):  # where `load_lora_weights` or `from_pretrained` looks
@@ -208,16 +221,15 @@ def register_checkpoint_hooks(generator, run):
             network.load_state_dict(family.network_class.from_pretrained(directory).state_dict())
 
     def save_model_hook(models, weights, output_dir):
-        while models_left := len(weights):
-            model = accelerator.unwrap_model(models[models_left - 1])
-            weights.pop()
-            if not accelerator.is_main_process:
-                continue
+        weights.clear()  # what is left here, accelerate would save
+        if not accelerator.is_main_process:
+            return
+        for model in map(accelerator.unwrap_model, models):
             if model is network:
                 save_network(folder(output_dir))
             else:
                 save_file(model.state_dict(), Path(output_dir, "discriminator.safetensors"))
-        if ema is not None and accelerator.is_main_process:
+        if ema is not None:
             with averaged_weights(network, ema):
                 save_network(averaged_folder(output_dir))
             state = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
@@ -231,12 +243,12 @@ def register_checkpoint_hooks(generator, run):
             weights = [parameter.detach().clone() for parameter in trainable_parameters(network)]
             ema.load_state_dict(state | {"shadow_params": weights})
             ema.to("cpu" if args.offload_ema else accelerator.device)
-        while models:
-            model = accelerator.unwrap_model(models.pop())
+        for model in map(accelerator.unwrap_model, models):
             if model is network:
                 load_network(folder(input_dir))
             else:
                 model.load_state_dict(load_file(Path(input_dir, "discriminator.safetensors")))
+        models.clear()  # what is left here, accelerate would load
 
     accelerator.register_save_state_pre_hook(save_model_hook)
     accelerator.register_load_state_pre_hook(load_model_hook)
@@ -286,7 +298,7 @@ class Validation:
         """A list of images for each prompt, on every process; the prompts are shared out, so that none waits long."""
         if not self.conditions:
             return []
-        accelerator, network, sampler = self.run.accelerator, self.generator.module, self.models.sampler
+        accelerator, network, sampler = self.run.accelerator, self.generator.network, self.models.sampler
         family = self.run.family
         pipeline = family.pipeline_class(
             vae=self.models.vae,
@@ -360,9 +372,9 @@ Tuned from `{{ base }}` by {{ kind }}.
 
 ```python
 import torch
-from diffusers import {{ loading.imports }}
+from diffusers import {{ imports }}
 
-{{ loading.lines }}
+{{ loading }}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 image = pipeline({{ prompt }}{% for key, value in call.items() %}, {{ key }}={{ value }}{% endfor %}).images[0]
 image.save("image.png")
@@ -419,11 +431,11 @@ def save_result(generator, models, grids, run):
     written = ["README.md", "adt_config.json"]  # what an upload takes, and nothing else that the folder may hold
     with generator.averaged():
         if args.use_lora:
-            save_adapters(generator.module, family, args.output_dir)
+            save_adapters(generator.network, family, args.output_dir)
             sampler.save_pretrained(os.path.join(args.output_dir, "scheduler"))
             written += [ADAPTERS, "scheduler/*"]
         if not args.use_lora or args.fuse_lora:
-            written += save_pipeline(generator.module, sampler, run)
+            written += save_pipeline(generator.network, sampler, run)
     for n, grid in enumerate(grids):
         file = Path(args.output_dir, "images", f"prompt-{n}.png")
         file.parent.mkdir(exist_ok=True)
@@ -464,21 +476,14 @@ def save_pipeline(network, sampler, run) -> list[str]:
     return ["model_index.json", *(f"{name}/*" for name in pipeline.components)]
 
 
-@dataclass
-class Loading:
+def pipeline_loading(sampler, run) -> tuple[str, str]:
     """The model card's lines that load the result as `pipeline`, and the names that they import from diffusers."""
-
-    lines: str
-    imports: str
-
-
-def pipeline_loading(sampler, run) -> Loading:
     args = run.args
     options = args.public() if args.push_to_hub else vars(args)
     location = json.dumps(run.repo_id or args.output_dir)
     arguments = "".join(f", {name}=None" for name in run.family.unused_components(args))
     if not args.use_lora or args.fuse_lora:
-        return Loading(f"pipeline = DiffusionPipeline.from_pretrained({location}{arguments})", "DiffusionPipeline")
+        return f"pipeline = DiffusionPipeline.from_pretrained({location}{arguments})", "DiffusionPipeline"
     sampler_name = type(sampler).__name__
     imports, lines = ["DiffusionPipeline", sampler_name], []
     # Said outright, since a base in half precision may load in several precisions.
@@ -496,7 +501,7 @@ def pipeline_loading(sampler, run) -> Loading:
     lines.append(f"pipeline = DiffusionPipeline.from_pretrained({base}{arguments})")
     lines.append(f'pipeline.scheduler = {sampler_name}.from_pretrained({location}, subfolder="scheduler")')
     lines.append(f"pipeline.load_lora_weights({location})")
-    return Loading("\n".join(lines), ", ".join(sorted(imports)))
+    return "\n".join(lines), ", ".join(sorted(imports))
 
 
 def training_facts(sampler, call, run) -> dict:
@@ -528,6 +533,7 @@ def write_model_card(sampler, has_images, run):
 
     described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["inference"].items())
     kind, sampling = (ADT_KIND, ADT_SAMPLING) if args.adversarial else (PLAIN_KIND, PLAIN_SAMPLING)
+    loading, imports = pipeline_loading(sampler, run)
     data = ModelCardData(
         library_name="diffusers",
         base_model=None if os.path.isdir(args.pretrained_model_name_or_path) else facts["base_model"],
@@ -541,7 +547,8 @@ def write_model_card(sampler, has_images, run):
         name=Path(args.output_dir).resolve().name,
         base=facts["base_model"],
         kind=kind.format(discriminator=args.discriminator_type),
-        loading=pipeline_loading(sampler, run),
+        loading=loading,
+        imports=imports,
         prompt=json.dumps(args.validation_prompts[0] if args.validation_prompts else "a lighthouse at dusk"),
         call=call,
         sampling=sampling.format(described=described) + FUSED * args.fuse_lora + family.inference_note(args),

@@ -76,7 +76,7 @@ from training_utils import (
     Batch,
     Conditions,
     Family,
-    Models,
+    FrozenModels,
     Progress,
     Run,
     Totals,
@@ -99,11 +99,11 @@ from training_utils import (
     parse_options,
     prepare_generator,
     prepare_network,
+    resolve_schedule,
     sample_posterior,
     start_accelerator,
     vae_factor,
     weight_dtype,
-    with_schedule,
 )
 
 
@@ -326,7 +326,6 @@ FAMILY = Family(
         **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
         "requires_safety_checker": False,
     },
-    call_network=call_network,
     decode_latents=decode_latents,
     inference_options=inference_options,
     card_tags=("text-to-image", "diffusers", "diffusers-training", "stable-diffusion", "adversarial-diffusion-tuning"),
@@ -352,17 +351,18 @@ def train(generator, adversary, models, validation, run):
         if adversary is None:
             values = update_finetune(batches, iteration, generator, models, run)
         else:
-            # 2. One start index for the whole global batch. 3. The steps that send a gradient.
-            path_generator = make_generator(args.seed, "path", iteration)
-            num_steps, updates_generator = args.num_inference_steps, is_generator_iteration(iteration, args)
-            start_index, train_steps = torch.randint(num_steps, (1,), generator=path_generator).item(), ()
+            # 2. One start index for the whole global batch.
+            num_steps, path_generator = args.num_inference_steps, make_generator(args.seed, "path", iteration)
+            start_index = torch.randint(num_steps, (1,), generator=path_generator).item()
+            # 3. The steps that send a gradient.
+            updates_generator, train_steps = is_generator_iteration(iteration, args), ()
             if updates_generator:
                 train_steps = select_train_steps(start_index, num_steps, args.num_gradient_steps, path_generator)
             # 4. Simulate inference and 5. decode.
-            generator.network.eval()
+            generator.wrapped.eval()
             for batch in batches:
                 batch.rollout = simulate_inference(
-                    make_predict(generator.network, batch.conditions, FAMILY),
+                    make_predict(generator.wrapped, batch.conditions, call_network),
                     sampler,
                     starting_latents(sampler, batch.latents, batch.noise, start_index),
                     start_index,
@@ -381,7 +381,7 @@ def train(generator, adversary, models, validation, run):
             adversary.warn_if_saturated(values)
 
         progress.log(values | {"lr": generator.lr}, iteration, started)
-        del batches
+        del batches  # else the next ones are made beside them
         done = iteration + 1
         if done % args.checkpointing_steps == 0:
             save_checkpoint(done, args, run.accelerator)
@@ -424,15 +424,15 @@ def update_discriminator(batches, iteration, adversary, run) -> dict:
     backward comes before the next forward, since data parallelism needs that.
     """
     discriminator, totals = adversary.discriminator, Totals(len(batches))
-    update_spectral_norm(discriminator.module)
+    update_spectral_norm(discriminator.network)
     for n, batch in enumerate(batches):
         for kind, images in (("real", batch.images), ("fake", batch.generated.detach())):
             with torch.no_grad():
                 features = adversary.features(batch, images, kind)
-            if kind == "real" or adversary.pairing == "shared":
+            if kind == "real" or adversary.pairing == "shared":  # else the fake image has the real one's
                 reference = adversary.reference_features(batch, kind)
             with discriminator.synchronise_if(kind == "fake" and n == len(batches) - 1):
-                scores = discriminator.network(features, reference)
+                scores = discriminator.wrapped(features, reference)
                 loss = discriminator_loss(**{f"{kind}_scores": scores})
                 run.accelerator.backward(loss)
             totals.add_means(**{"discriminator_loss": loss, f"{kind}_score": scores.mean()})
@@ -454,19 +454,19 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
             totals.add_squared_norms(adversarial_gradient_norm=batch.rollout.guided_norm_squared(vectors[-1]))
 
     if args.diffusion_loss_weight > 0:
-        generator.network.train()
+        generator.wrapped.train()
         for batch in batches:
             level = torch.ones(len(batch.latents), 1, 1, 1, device=accelerator.device)
             levels = [value * level for value in signal_and_noise_levels(sampler, start_index)]
             timesteps = sampler.timesteps[start_index].to(level.device).expand(len(level))
             with generator.synchronise_if(False):
-                loss, prediction = diffusion_loss(generator.network, batch, timesteps, levels, sampler, args)
+                loss, prediction = diffusion_loss(generator.wrapped, batch, timesteps, levels, sampler, args)
                 weighted = args.diffusion_loss_weight * loss
                 gradient = torch.autograd.grad(weighted, prediction, retain_graph=True)[0]
                 accelerator.backward(weighted)
             totals.add_means(diffusion_loss=loss)
             totals.add_squared_norms(diffusion_gradient_norm=gradient.square().sum())
-        generator.network.eval()
+        generator.wrapped.eval()
 
     values = totals.reduce(accelerator, iteration)
     weight = args.adversarial_loss_weight
@@ -476,7 +476,7 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
         values["adversarial_loss_weight"] = weight
     passes = []
     for batch, gradients in zip(batches, vectors, strict=True):
-        predict = make_predict(generator.network, batch.conditions, FAMILY)
+        predict = make_predict(generator.wrapped, batch.conditions, call_network)
         passes += batch.rollout.replay(predict, [weight * gradient for gradient in gradients])
     for n, replay in enumerate(passes):
         with generator.synchronise_if(n == len(passes) - 1):
@@ -488,11 +488,11 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
 def update_finetune(batches, iteration, generator, models, run) -> dict:
     """Plain fine-tuning: the diffusion loss at a timestep drawn for each image, no rollout, no discriminator."""
     totals, scheduler = Totals(len(batches)), models.noise_scheduler
-    generator.network.train()
+    generator.wrapped.train()
     for n, batch in enumerate(batches):
         timesteps, levels = plain_noise_levels(batch.density, scheduler)
         with generator.synchronise_if(n == len(batches) - 1):
-            loss, prediction = diffusion_loss(generator.network, batch, timesteps, levels, scheduler, run.args)
+            loss, prediction = diffusion_loss(generator.wrapped, batch, timesteps, levels, scheduler, run.args)
             gradient = torch.autograd.grad(loss, prediction, retain_graph=True)[0]
             run.accelerator.backward(loss)
         totals.add_means(diffusion_loss=loss)
@@ -503,11 +503,14 @@ def update_finetune(batches, iteration, generator, models, run) -> dict:
 
 
 def tune(sampler, noise_scheduler, run):
-    """The run from its models' weights to the saved result."""
+    """The run from its models' weights to the saved result.
+
+    A function of its own so that nothing which trained is referred to any more when `end_run` ends the processes.
+    """
     args, accelerator = run.args, run.accelerator
     prompt_encoder = PromptEncoder(args, accelerator)
     validation_conditions = [prompt_encoder([prompt]) for prompt in args.validation_prompts or []]
-    models = Models(load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)
+    models = FrozenModels(load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)
     generator = prepare_generator(load_network(args, accelerator), run)
     adversary = Adversary(run) if args.adversarial else None
     register_checkpoint_hooks(generator, run)
@@ -526,7 +529,7 @@ def main(args):
     # Everything that can be checked before a model is loaded.
     sampler, noise_scheduler, default_size = check_models(args, accelerator.device)
     dataset = load_image_caption_dataset(args)
-    args = with_schedule(args, len(dataset), accelerator)
+    args = resolve_schedule(args, len(dataset), accelerator)
     checkpoint, first_iteration = find_checkpoint(args, accelerator)
     check_used_images(dataset, first_iteration, args, accelerator)
     repo_id = create_output(args, accelerator)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What any of the training scripts needs and no model family has an opinion on.
+"""What any of the training scripts needs, and no model family tells as its own story.
 
 The sections can be read alone:
 
@@ -262,7 +262,7 @@ def add_training_arguments(parser):
     add("--allow_tf32", Nature.FREE, action=BOOLEAN, default=False, help="Faster float32 on Ampere and later.")
     add("--learning_rate", type=positive_float, help="The generator's.")
     add("--scale_lr", action=BOOLEAN, default=False,
-        help="Multiply both learning rates by processes, batch size and accumulation steps.")  # fmt: skip
+        help="Multiply both learning rates by the global batch size; cards have the product.")  # fmt: skip
     add("--lr_scheduler", choices=[kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
         default="constant_with_warmup", help="Of both optimizers, each counted in its own updates.")  # fmt: skip
     add("--lr_warmup_steps", type=non_negative_int, default=500, help="In generator updates.")
@@ -390,10 +390,8 @@ def options_without_effect() -> set[str]:
     """Names of shared options that leave a result as it is, or that iterations and global batch size stand for."""
     parser = argparse.ArgumentParser()
     add_arguments(parser, samplers={})
-    add_schedule_arguments(parser)
     add_text_encoder_arguments(parser)
-    natures = option_natures(parser)
-    return {name for name, own in natures.items() if own & {Nature.NO_EFFECT, Nature.COUNTED}}
+    return {name for name, own in option_natures(parser).items() if own & {Nature.NO_EFFECT, Nature.COUNTED}}
 
 
 def parse_options(parser, samplers, input_args=None) -> Options:
@@ -441,15 +439,20 @@ def check_options(args, parser):
             parser.error("--cache_text_embeddings frees the text encoders: there is nothing to offload.")
 
 
-def with_schedule(args, num_images, accelerator) -> Options:
+def global_batch_size(args, accelerator) -> int:
+    """Images an iteration, over all processes and micro-batches."""
+    return args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+
+
+def resolve_schedule(args, num_images, accelerator) -> Options:
     """The options with the iterations of `--num_train_epochs` and the learning rates of `--scale_lr` filled in."""
-    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    batch_size = global_batch_size(args, accelerator)
     if args.max_train_steps is None:
-        args = args.replace(max_train_steps=math.ceil(args.num_train_epochs * num_images / global_batch_size))
+        args = args.replace(max_train_steps=math.ceil(args.num_train_epochs * num_images / batch_size))
     if args.scale_lr:
         args = args.replace(
-            learning_rate=args.learning_rate * global_batch_size,
-            discriminator_learning_rate=args.discriminator_learning_rate * global_batch_size,
+            learning_rate=args.learning_rate * batch_size,
+            discriminator_learning_rate=args.discriminator_learning_rate * batch_size,
             scale_lr=False,  # from here on the rates are what they say
         )
     if count_generator_updates(args) == 0:
@@ -505,7 +508,6 @@ class Family:
         pipeline_class, network_class: diffusers' classes; the network is what trains.
         network_name: the network in the pipeline: its attribute and its folder.
         without_text_encoders: what `pipeline_class` must be given to be made for embeddings alone.
-        call_network: (network, sample, timestep, condition) to the prediction.
         decode_latents: (vae, latents) to images (B, 3, H, W) in about [-1, 1].
         inference_options: (args) to what the pipeline is called with to sample as in training.
         card_tags: the model card's.
@@ -520,7 +522,6 @@ class Family:
     network_class: type
     network_name: str
     without_text_encoders: dict
-    call_network: Callable
     decode_latents: Callable
     inference_options: Callable
     card_tags: tuple
@@ -546,8 +547,7 @@ class Run:
 
     @property
     def global_batch_size(self) -> int:
-        args = self.args
-        return args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        return global_batch_size(self.args, self.accelerator)
 
     @property
     def num_generator_updates(self) -> int:
@@ -588,9 +588,7 @@ def start_accelerator(args) -> Accelerator:
     quiet = not accelerator.is_local_main_process
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error() if quiet else library.utils.logging.set_verbosity_warning()
-    if accelerator.distributed_type not in (
-        DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU,
-    ):  # fmt: skip
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ADTError(
             f"{accelerator.distributed_type.value} is not supported: two networks train in turn here, which sharded "
             "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu)."
@@ -621,7 +619,7 @@ class Progress:
         configuration = ", ".join(
             f"{name}={value}" for name, value in sorted(sampler.config.items()) if name[0] != "_"
         )
-        num_parameters = sum(parameter.numel() for parameter in trainable_parameters(generator.module))
+        num_parameters = sum(parameter.numel() for parameter in trainable_parameters(generator.network))
         logger.info("***** Running training *****")
         logger.info(f"  Images = {len(run.dataset)}, global batch = {run.global_batch_size}")
         logger.info(
@@ -676,7 +674,7 @@ def end_run(accelerator):
 
 
 @dataclass(frozen=True)
-class Models:
+class FrozenModels:
     """What does not train: the VAE, the text encoders, and the schedules of the rollout and of plain fine-tuning."""
 
     vae: AutoencoderKL
@@ -805,7 +803,7 @@ def prepare_network(network, args, accelerator):
 
 @dataclass
 class Conditions:
-    """What the network is conditioned on, each a dict of (B, ...) that `Family.call_network` understands."""
+    """What the network is conditioned on, each a dict of (B, ...) that the script's `call_network` understands."""
 
     negative: dict  # the unconditional guidance branch
     positive: dict  # the captions'
@@ -836,12 +834,17 @@ def expand(values, like):
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def make_predict(network, conditions, family) -> Callable:
-    """The network as `simulate_inference` calls it: branch 0 is the unconditional one, branch 1 the caption's."""
-    rows = (conditions.negative, conditions.positive)
+def make_predict(network, conditions, call_network) -> Callable:
+    """The network as `simulate_inference` calls it: branch 0 is the unconditional one, branch 1 the caption's.
+
+    Args:
+        call_network: (network, sample, timestep, condition) to the prediction; the script's.
+    """
+    of_branch = (conditions.negative, conditions.positive)
 
     def predict(model_input, timestep, branches):
-        return family.call_network(network, model_input, timestep, concatenate([rows[branch] for branch in branches]))
+        condition = concatenate([of_branch[branch] for branch in branches])
+        return call_network(network, model_input, timestep, condition)
 
     return predict
 
@@ -876,7 +879,10 @@ class Totals:
             self.squares[name] = self.squares.get(name, 0.0) + square
 
     def reduce(self, accelerator, iteration) -> dict:
-        """{name: float}, the same on every process. Raises `ADTError` where one is not finite."""
+        """{name: float}, the same on every process. Raises `ADTError` where one is not finite.
+
+        A norm is `sqrt(sum over P processes and N micro-batches of |g|^2) / (P N)`, since the loss is their mean.
+        """
         totals = self.means | self.squares
         reduced = accelerator.reduce(torch.stack([value.float() for value in totals.values()]), reduction="mean")
         values = dict(zip(totals, reduced.tolist(), strict=True))
@@ -891,8 +897,8 @@ class Trained:
     """A network that trains, and what trains it."""
 
     name: str  # in messages
-    module: torch.nn.Module
-    network: torch.nn.Module  # the module as accelerate prepared it; call this one where a gradient is wanted
+    network: torch.nn.Module
+    wrapped: torch.nn.Module  # the network as accelerate prepared it; call this one where a gradient is wanted
     optimizer: Any
     lr_scheduler: Any
     run: Run
@@ -904,12 +910,12 @@ class Trained:
 
     def synchronise_if(self, condition):
         """A context for a forward and its backward: gradients synchronise in the last backward of an update only."""
-        return contextlib.nullcontext() if condition else self.run.accelerator.no_sync(self.network)
+        return contextlib.nullcontext() if condition else self.run.accelerator.no_sync(self.wrapped)
 
     def step(self, iteration) -> bool:
         """Clips the gradients and steps; returns whether it did: float16's loss scaling skips what overflowed."""
         accelerator = self.run.accelerator
-        norm = accelerator.clip_grad_norm_(self.network.parameters(), self.run.args.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.run.args.max_grad_norm)
         if accelerator.scaler is None:
             check_finite({f"gradient norm of the {self.name}": norm.item()}, iteration)
         self.optimizer.step()
@@ -922,29 +928,28 @@ class Trained:
         return stepped
 
     def update_ema(self):
-        offload = self.run.args.offload_ema
-        if offload:
+        if self.run.args.offload_ema:
             self.ema.to(self.run.accelerator.device, non_blocking=True)
-        self.ema.step(trainable_parameters(self.module))
-        if offload:
+        self.ema.step(trainable_parameters(self.network))
+        if self.run.args.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
     def averaged(self):
         """A context with the averaged weights in place of the trained ones, where there is an average."""
-        return averaged_weights(self.module, self.ema)
+        return averaged_weights(self.network, self.ema)
 
 
 @contextlib.contextmanager
-def averaged_weights(module, ema):
+def averaged_weights(network, ema):
     if ema is None:
         yield
         return
-    ema.store(trainable_parameters(module))
-    ema.copy_to(trainable_parameters(module))
+    ema.store(trainable_parameters(network))
+    ema.copy_to(trainable_parameters(network))
     try:
         yield
     finally:
-        ema.restore(trainable_parameters(module))
+        ema.restore(trainable_parameters(network))
 
 
 def prepare_generator(network, run) -> Trained:
@@ -952,9 +957,9 @@ def prepare_generator(network, run) -> Trained:
     args = run.args
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
-        import bitsandbytes as bnb
+        import bitsandbytes
 
-        optimizer_class = bnb.optim.AdamW8bit
+        optimizer_class = bitsandbytes.optim.AdamW8bit
     ema = None
     if args.use_ema:
         ema = EMAModel(trainable_parameters(network), decay=args.ema_decay, foreach=args.foreach_ema)
@@ -964,17 +969,17 @@ def prepare_generator(network, run) -> Trained:
     return prepare_trained("generator", network, optimizer, lr_scheduler, run, ema)
 
 
-def prepare_trained(name, module, optimizer, lr_scheduler, run, ema=None) -> Trained:
+def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Trained:
     # The learning rate schedule is not prepared: accelerate would step it once for each process. Frozen models are
     # not either.
-    network, optimizer = run.accelerator.prepare(module, optimizer)
+    wrapped, optimizer = run.accelerator.prepare(network, optimizer)
     run.accelerator.register_for_checkpointing(lr_scheduler)
-    return Trained(name, module, network, optimizer, lr_scheduler, run, ema)
+    return Trained(name, network, wrapped, optimizer, lr_scheduler, run, ema)
 
 
-def make_optimizer(optimizer_class, module, learning_rate, args):
+def make_optimizer(optimizer_class, network, learning_rate, args):
     return optimizer_class(
-        trainable_parameters(module),
+        trainable_parameters(network),
         lr=learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -1049,10 +1054,10 @@ class Adversary:
         self.pairing = args.augmentation_pairing
         self.feature_network = make_feature_network(args).to(run.accelerator.device)
         self.augment = DiffAugment(args.augmentation_policy)
-        module = make_discriminator(self.feature_network.channels, args)
-        optimizer = make_optimizer(torch.optim.AdamW, module, args.discriminator_learning_rate, args)
+        network = make_discriminator(self.feature_network.channels, args)
+        optimizer = make_optimizer(torch.optim.AdamW, network, args.discriminator_learning_rate, args)
         lr_scheduler = make_lr_scheduler(optimizer, args.discriminator_lr_warmup_steps, args.max_train_steps, args)
-        self.discriminator = prepare_trained("discriminator", module, optimizer, lr_scheduler, run)
+        self.discriminator = prepare_trained("discriminator", network, optimizer, lr_scheduler, run)
         self.saturated_for, self.warned = 0, False
 
     def features(self, batch, images, purpose):
@@ -1070,21 +1075,21 @@ class Adversary:
     def frozen(self):
         """A context with the discriminator to score with: the gradient goes to the images, its weights stay.
 
-        It is the module as it is, because data parallelism would wait for gradients of its parameters.
+        It is not the wrapped one, because data parallelism would wait for gradients of its parameters.
         """
-        module = self.discriminator.module
-        trained = trainable_parameters(module)
-        module.requires_grad_(False)
+        network = self.discriminator.network
+        trained = trainable_parameters(network)
+        network.requires_grad_(False)
         try:
-            yield module
+            yield network
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
     def step(self, iteration):
         """The discriminator's update; then its twin heads follow, where it has them."""
-        if self.discriminator.step(iteration) and isinstance(self.discriminator.module, SiameseDiscriminator):
-            self.discriminator.module.update_twin()
+        if self.discriminator.step(iteration) and isinstance(self.discriminator.network, SiameseDiscriminator):
+            self.discriminator.network.update_twin()
 
     def warn_if_saturated(self, values):
         """Once, after many iterations of `values` in which the scores of real and generated are far apart."""

@@ -1,20 +1,18 @@
 """Fails when a block marked `# Copied from SCRIPT.NAME` differs from its original; `--fix` copies it again.
 
-    # Copied from train_adt_sd15.load_unet with StableDiffusionPipeline->StableDiffusionXLPipeline, unet->transformer
+    # Copied from train_adt_sd15.update_generator
 
-stands above a function, class or assignment at the top level of a script. The replacements are made in this order. A
-line that ends with a comma goes on in the next one.
+stands above a function, class or assignment at the top level of a script.
 """
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = re.compile(r"# Copied from (\w+)\.(\w+)(?: with (.+))?$")
+MARK = re.compile(r"# Copied from (\w+)\.(\w+)$")
 
 
 def blocks(source):
@@ -30,42 +28,25 @@ def blocks(source):
     return found
 
 
-def expected_block(original, name, replacements):
-    """The lines of `name` in the source `original`, after `replacements` ("A->B, C->D" or None), formatted."""
-    first, last = blocks(original)[name]
-    text = "\n".join(original.splitlines()[first:last]) + "\n"
-    if not replacements:
-        return text
-    for pair in replacements.split(", "):
-        before, after = pair.split("->")
-        text = text.replace(before, after)
-    # A longer name may break a line elsewhere.
-    command = [Path(sys.executable).parent / "ruff", "format", "--config", ROOT / "pyproject.toml", "-"]
-    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
-
-
 def check(path, fix):
     """Returns what differs in the file at `path`, as sentences; mends it if `fix`."""
     problems = []
     for line in [line for line in path.read_text().splitlines() if line.startswith("# Copied from ")]:
         source = path.read_text()
         lines = source.splitlines()
-        mark = below = lines.index(line)
-        while lines[below].endswith(","):
-            below += 1
-            line += lines[below].removeprefix("#")
-        script, name, replacements = MARK.match(line).groups()
-        here = [span for span in blocks(source).values() if span[0] == below + 1]
-        original = (ROOT / f"{script}.py").read_text()
-        if not here or name not in blocks(original):
+        mark = lines.index(line)
+        match = MARK.match(line)
+        here = [span for span in blocks(source).values() if span[0] == mark + 1]
+        original = (ROOT / f"{match[1]}.py").read_text() if match else ""
+        if not match or not here or match[2] not in blocks(original):
             problems.append(f"{path.name}:{mark + 1}: nothing of that name to copy, or nothing below the mark")
             continue
-        first, last = here[0]
-        expected = expected_block(original, name, replacements)
-        if "\n".join(lines[first:last]) + "\n" != expected:
-            problems.append(f"{path.name}:{mark + 1}: differs from {script}.{name}")
+        (first, last), (original_first, original_last) = here[0], blocks(original)[match[2]]
+        expected = original.splitlines()[original_first:original_last]
+        if lines[first:last] != expected:
+            problems.append(f"{path.name}:{mark + 1}: differs from {match[1]}.{match[2]}")
             if fix:
-                lines[first:last] = expected.splitlines()
+                lines[first:last] = expected
                 path.write_text("\n".join(lines) + "\n")
     return problems
 

@@ -11,6 +11,8 @@ import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
+from transformers import CLIPTextModel, Dinov2Model  # noqa: E402
 
 import train_adt_sd3  # noqa: E402
 import train_adt_sd15  # noqa: E402
@@ -80,6 +82,17 @@ def dinov2_path(tmp_path_factory):
 def dataset_path(tmp_path_factory):
     """An imagefolder of 8 captioned images of various sizes."""
     return tiny.make_imagefolder(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails a test in which a model's weights are loaded."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("loaded a model before the input was checked")
+
+    for cls in (CLIPTextModel, AutoencoderKL, UNet2DConditionModel, Dinov2Model):
+        monkeypatch.setattr(cls, "from_pretrained", load)
 
 
 def reset_accelerate():

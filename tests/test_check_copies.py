@@ -20,8 +20,7 @@ def write(tmp_path, copy):
 
 def test_equal_copies_agree(tmp_path, monkeypatch):
     monkeypatch.setattr(check_copies, "ROOT", tmp_path)
-    (tmp_path / "pyproject.toml").write_text("")
-    copy = "# Copied from original.first with unet->transformer\ndef first(transformer):\n    return transformer + 1\n"
+    copy = "# Copied from original.first\ndef first(unet):\n    return unet + 1\n"
     assert check_copies.check(write(tmp_path, copy), fix=False) == []
 
 

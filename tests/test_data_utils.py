@@ -8,11 +8,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import FAMILIES
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextModel, Dinov2Model
 
+import data_utils
 from data_utils import (
     GlobalBatchSampler,
     ImageCaptionDataset,
@@ -28,17 +28,6 @@ from training_utils import ADTError
 @pytest.fixture
 def family():
     return FAMILIES["sd15"]
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails a test in which a model's weights are loaded."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("loaded a model before the input was checked")
-
-    for cls in (CLIPTextModel, AutoencoderKL, UNet2DConditionModel, Dinov2Model):
-        monkeypatch.setattr(cls, "from_pretrained", load)
 
 
 # Seeded draws
@@ -103,6 +92,17 @@ def test_corrupt_image_is_named(run, no_weights, dataset_path, tmp_path):
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(ADTError, match=r"image 3 of the dataset \(.*003.png\) does not decode"):
         run("--train_data_dir", tmp_path / "data")
+
+
+@pytest.mark.parametrize("first_iteration", [0, 2, 3, 4])
+def test_every_image_that_a_resumed_run_uses_is_checked(options, monkeypatch, first_iteration):
+    """A run that is taken up within an epoch, of 8 images in batches of 2, uses its rest and the next ones."""
+    args = parse_args(options("--max_train_steps", first_iteration + 6))
+    used = {index for batch in GlobalBatchSampler(8, args, first_iteration=first_iteration) for index, _, _ in batch}
+    checked = []
+    monkeypatch.setattr(data_utils, "check_dataset", lambda dataset, indices, args: checked.extend(indices) or 0)
+    data_utils.check_used_images(range(8), first_iteration, args, Accelerator(cpu=True))
+    assert set(checked) == used and len(checked) == len(used)
 
 
 def test_empty_captions_are_counted_and_trained_on(run, dataset_path, tmp_path, caplog):

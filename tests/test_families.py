@@ -141,7 +141,7 @@ def test_rollout_is_what_the_saved_pipeline_does(run, train, options, network, t
     conditions = train.make_conditions(
         unconditional_examples(), encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
     )
-    predict = train.make_predict(getattr(pipeline, network), conditions, train.FAMILY)
+    predict = train.make_predict(getattr(pipeline, network), conditions, train.call_network)
     with torch.no_grad():
         start = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         rollout = train.simulate_inference(predict, scheduler, start, 0, args.guidance_scale)
@@ -160,7 +160,7 @@ def test_gradient_is_that_of_plain_autograd(train, options, network, sampler, gr
         unconditional_examples(), encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
     )
     model = train.load_network(args, NO_ACCELERATOR).eval()
-    predict = train.make_predict(model, conditions, train.FAMILY)
+    predict = train.make_predict(model, conditions, train.call_network)
     start = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     start = start * getattr(scheduler, "init_noise_sigma", 1.0)
 
@@ -199,7 +199,7 @@ def watched(train, loaded, monkeypatch):
         original = getattr(train, name)
 
         def wrapper(*args):
-            discriminator = next(arg for arg in args if isinstance(arg, train.Adversary)).discriminator.module
+            discriminator = next(arg for arg in args if isinstance(arg, train.Adversary)).discriminator.network
             modules = {"generator": loaded[-1], "discriminator": discriminator}
             before = {key: state(module) for key, module in modules.items()}
             result = original(*args)
@@ -248,11 +248,11 @@ def test_gradients_leak_into_no_other_network(run, monkeypatch):
     original = Trained.step
 
     def check(trained, iteration):
-        if not any(trained.network is network for network in networks):
-            networks.append(trained.network)
+        if not any(trained.wrapped is network for network in networks):
+            networks.append(trained.wrapped)
         for network in networks:
             has = [parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad]
-            leaks.append(any(has) if network is not trained.network else not all(has))
+            leaks.append(any(has) if network is not trained.wrapped else not all(has))
         return original(trained, iteration)
 
     monkeypatch.setattr(Trained, "step", check)
@@ -269,7 +269,7 @@ def test_generator_update_saves_no_more_for_more_steps(run, train, monkeypatch, 
     original, peaks = train.update_generator, {}
 
     def count(batches, start_index, iteration, generator, adversary, models, run):
-        networks = generator.network, models.vae, adversary.feature_network, adversary.discriminator.module
+        networks = generator.network, models.vae, adversary.feature_network, adversary.discriminator.network
         with memory.SavedTensors(*networks) as saved:
             for batch in batches:
                 batch.generated = train.decode_latents(models.vae, batch.rollout.latents)
@@ -438,7 +438,7 @@ def test_v_prediction_and_zero_terminal_snr(run, train, family, options, tmp_pat
     conditions = train.make_conditions(
         unconditional_examples(), encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
     )
-    predict = train.make_predict(pipeline.unet, conditions, train.FAMILY)
+    predict = train.make_predict(pipeline.unet, conditions, train.call_network)
     with torch.no_grad():
         rollout = train.simulate_inference(predict, scheduler, noise * scheduler.init_noise_sigma, 0, 7.0, 0.7)
     assert relative(rollout.latents, expected) < 1e-5

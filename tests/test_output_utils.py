@@ -7,11 +7,9 @@ import pytest
 import tiny
 import torch
 from conftest import FAMILIES
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import equal, read_network, read_scalars
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, Dinov2Model
 
 import output_utils
 from output_utils import list_checkpoints
@@ -21,17 +19,6 @@ from training_utils import ADTError
 @pytest.fixture
 def family():
     return FAMILIES["sd15"]
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails a test in which a model's weights are loaded."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("loaded a model before the input was checked")
-
-    for cls in (CLIPTextModel, AutoencoderKL, UNet2DConditionModel, Dinov2Model):
-        monkeypatch.setattr(cls, "from_pretrained", load)
 
 
 # Checkpoints and resuming

@@ -16,17 +16,14 @@ import tiny
 import torch
 from conftest import FAMILIES
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from helpers import read_network, read_scalars
-from transformers import CLIPTextModel, Dinov2Model
 
 import train_adt_sd15 as train
 from data_utils import GlobalBatchSampler, ImageCaptionDataset, load_image_caption_dataset, make_generator
@@ -151,17 +148,6 @@ def test_automatic_weight_keeps_the_ratio(run):
 
 
 # Bad input
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Fails a test in which a model's weights are loaded."""
-
-    def load(*args, **kwargs):
-        raise AssertionError("loaded a model before the input was checked")
-
-    for cls in (CLIPTextModel, AutoencoderKL, UNet2DConditionModel, Dinov2Model):
-        monkeypatch.setattr(cls, "from_pretrained", load)
 
 
 def edit_json(file, **changes):

@@ -93,7 +93,7 @@ def test_rollout_under_every_shift_is_the_pipelines(options, tmp_path, sampler, 
     if sampler == "dpmsolver++":
         u = torch.linspace(0, 0.999, 5)[1:].flip(0)
         assert torch.allclose(scheduler.sigmas[:4], shift * u / (1 + (shift - 1) * u), atol=1e-5)
-    predict = train.make_predict(pipeline.transformer, conditions_of(args), train.FAMILY)
+    predict = train.make_predict(pipeline.transformer, conditions_of(args), train.call_network)
     with torch.no_grad():
         rollout = train.simulate_inference(predict, scheduler, noise, 0, args.guidance_scale)
     assert relative(rollout.latents, expected) < 1e-5
@@ -144,7 +144,7 @@ def test_rollout_from_a_later_index_is_image_to_image(options, tmp_path, start_i
     expected = pipeline(
         "a red disc", image=x_0, strength=1 - start_index / 4, output_type="latent", **train.inference_options(args)
     ).images
-    predict = train.make_predict(pipeline.transformer, conditions_of(args), train.FAMILY)
+    predict = train.make_predict(pipeline.transformer, conditions_of(args), train.call_network)
     with torch.no_grad():
         rollout = train.simulate_inference(predict, scheduler, start, start_index, args.guidance_scale)
     assert relative(rollout.latents, expected) < 1e-5

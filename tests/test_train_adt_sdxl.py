@@ -147,6 +147,16 @@ def test_time_ids_that_reach_the_model(run, options, sizes_path, monkeypatch, wh
     assert ("original size 16x16 and no crop" in card) == (which == "inference")
 
 
+def test_plain_fine_tuning_resumes_whatever_the_rollout_was_to_be_conditioned_on(run):
+    """Also from a checkpoint of an earlier version, which recorded the option."""
+    plain = ("--adversarial_loss_weight", 0, "--checkpointing_steps", 4)
+    manifest = run(*plain) / "checkpoint-4" / "adt_checkpoint.json"
+    facts = json.loads(manifest.read_text())
+    assert "rollout_time_ids" not in facts["config"]
+    manifest.write_text(json.dumps(facts | {"config": facts["config"] | {"rollout_time_ids": "inference"}}))
+    run(*plain, "--resume_from_checkpoint", "latest", "--rollout_time_ids", "image")
+
+
 # Prompts
 
 

@@ -28,10 +28,10 @@ def record(train, directory, options):
     end_training = training_utils.Accelerator.end_training
 
     def recording_step(trained, iteration):
-        parameters = [parameter for parameter in trained.network.parameters() if parameter.grad is not None]
+        parameters = [parameter for parameter in trained.wrapped.parameters() if parameter.grad is not None]
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
         stepped = step(trained, iteration)
-        models[trained.name] = [parameter.detach() for parameter in trained.module.parameters()]
+        models[trained.name] = [parameter.detach() for parameter in trained.network.parameters()]
         return stepped
 
     def recording_inference(predict, scheduler, latents, start_index, *others):
