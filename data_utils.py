@@ -36,7 +36,6 @@ import pyarrow
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
-from datasets.fingerprint import Hasher
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -274,8 +273,8 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
 # Captions' embeddings on disk
 
 
-# How many captions a file holds: what a process encodes at a time, and what a stopped run need not encode again.
-CAPTIONS_PER_FILE = 1000
+# How many captions a file holds: what a process encodes at a time, and at most what a stopped run encodes again.
+CAPTIONS_PER_FILE = 100
 
 
 def list_captions(dataset, args) -> list[str]:
@@ -289,7 +288,7 @@ def list_captions(dataset, args) -> list[str]:
 def fingerprint_text_encoders(tokenizers, text_encoders, *more) -> str:
     """Of all that an embedding depends on beside its prompt: tokenizers, weights, their precision, and `more`.
 
-    By content, not by `datasets`' hash of the objects: that changes with the folder that they were loaded from.
+    By content: `datasets`' hash of the objects changes with the folder that they were loaded from.
     """
     digest = hashlib.sha256(repr(more).encode())
     for tokenizer in tokenizers:
@@ -311,14 +310,14 @@ def fingerprint_text_encoders(tokenizers, text_encoders, *more) -> str:
 
 
 class EmbeddingCache:
-    """All captions' embeddings in Arrow files of a folder, made by `datasets.Dataset.map` and read by memory map.
+    """Captions' embeddings in Arrow files of a folder, made by `datasets.Dataset.map` and read by memory map.
 
-    A file's name has a fingerprint of its captions and their encoders, so that others make other files. The processes
-    share the files out; what is there already is not made again.
+    A file's name has the fingerprint of what its captions were encoded by. What such files have is not made again; the
+    processes share out what is missing.
 
     Args:
         directory: the folder.
-        captions: all of them.
+        captions: all that will be read.
         encode: (caption) to a dict of (1, ...) tensors.
         fingerprint: of the encoders, see `fingerprint_text_encoders`.
         like: what `encode` gives for any caption: the shapes and precisions.
@@ -328,46 +327,49 @@ class EmbeddingCache:
     """
 
     def __init__(self, directory, captions, encode, fingerprint, like, accelerator):
-        self.like = like
-        parts = [
-            datasets.Dataset.from_dict({"caption": captions[first : first + CAPTIONS_PER_FILE]})
-            for first in range(0, len(captions), CAPTIONS_PER_FILE)
-        ]
-        files = [
-            Path(directory, f"embeddings-{Hasher.hash((fingerprint, list(part['caption'])))}.arrow") for part in parts
-        ]
-        features = datasets.Features({name: datasets.Value("large_binary") for name in ("caption", *like)})
-        features["caption"] = datasets.Value("string")
+        self.directory, self.fingerprint, self.like = Path(directory), fingerprint[:16], like
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.open_files()
+        missing = [caption for caption in captions if caption not in self.row_of]
+        accelerator.wait_for_everyone()  # else some would see what others have made already
+        parts = [missing[first : first + CAPTIONS_PER_FILE] for first in range(0, len(missing), CAPTIONS_PER_FILE)]
+        own = parts[accelerator.process_index :: accelerator.num_processes]
+        datasets.disable_progress_bars()  # one bar, and one process's
+        for part in tqdm(own, desc="Encoding captions", disable=not accelerator.is_local_main_process or not own):
+            self.make_file(part, encode)
+        datasets.enable_progress_bars()
+        accelerator.wait_for_everyone()
+        self.open_files()
+        if not all(gather_object([all(caption in self.row_of for caption in captions)])):
+            raise ADTError(f"--cache_text_embeddings {directory} must be on a file system that all processes share.")
+
+    def make_file(self, captions, encode):
+        name = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]
 
         def encode_row(caption):
             # As bytes, since Arrow has no bfloat16.
             return {name: value.cpu().view(torch.uint8).numpy().tobytes() for name, value in encode(caption).items()}
 
-        def open_part(n):
-            there = files[n].is_file()
-            try:
-                return parts[n].map(
-                    encode_row,
-                    input_columns="caption",
-                    features=features,
-                    cache_file_name=str(files[n]),
-                    new_fingerprint=files[n].stem.split("-")[1],
-                    load_from_cache_file=True,
-                    writer_batch_size=50,  # rows that are held in memory; one of SD3's has 2.7 MB
-                    desc="Encoding captions",
-                )
-            except (pyarrow.ArrowException, OSError) as error:
-                if not there:  # it could not be made
-                    raise
-                raise ADTError(f"--cache_text_embeddings {files[n]} is damaged: delete it. {error}") from error
+        embeddings = {name: datasets.Value("large_binary") for name in self.like}
+        datasets.Dataset.from_dict({"caption": captions}).map(
+            encode_row,
+            input_columns="caption",
+            features=datasets.Features({"caption": datasets.Value("string")} | embeddings),
+            cache_file_name=str(self.directory / f"embeddings-{self.fingerprint}-{name}.arrow"),
+            new_fingerprint=name,
+            writer_batch_size=50,  # rows that are held in memory; one of SD3's has 2.7 MB
+        )
 
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        for n in range(accelerator.process_index, len(parts), accelerator.num_processes):
-            open_part(n)
-        accelerator.wait_for_everyone()
-        if not all(gather_object([all(file.is_file() for file in files)])):
-            raise ADTError(f"--cache_text_embeddings {directory} must be on a file system that all processes share.")
-        self.rows = datasets.concatenate_datasets([open_part(n) for n in range(len(parts))])
+    def open_files(self):
+        parts = []
+        for file in sorted(self.directory.glob(f"embeddings-{self.fingerprint}-*.arrow")):
+            try:
+                parts.append(datasets.Dataset.from_file(str(file)))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ADTError(f"--cache_text_embeddings {file} is damaged: delete it. {error}") from error
+        self.rows = datasets.concatenate_datasets(parts) if parts else None
+        # By what the files say, not by what they should hold.
+        captions = [caption for part in parts for caption in part["caption"][:]]
         self.row_of = {caption: row for row, caption in enumerate(captions)}
 
     def read(self, captions) -> dict:

@@ -49,7 +49,6 @@ from training_utils import (
     hub_options,
     norm_group,
     trainable_parameters,
-    vae_factor,
 )
 
 
@@ -60,17 +59,12 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks 
 # Checkpoints
 
 
-def ignored_on_resume(args) -> set[str]:
-    """The options that do not matter, in this run, for going on with a checkpoint."""
+def checkpoint_config(args, accelerator) -> dict:
+    """What a checkpoint must agree with when a run is resumed."""
     natures = [Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED, Nature.SECRET]
     natures += [Nature.FINE_TUNING if args.adversarial else Nature.ADVERSARIAL]
     natures += [] if args.use_lora else [Nature.LORA]
-    return args.of_nature(*natures)
-
-
-def checkpoint_config(args, accelerator) -> dict:
-    """What a checkpoint must agree with when a run is resumed."""
-    ignored = ignored_on_resume(args)
+    ignored = args.of_nature(*natures)
     config = {name: value for name, value in vars(args).items() if name not in ignored}
     config["global_batch_size"] = global_batch_size(args, accelerator)
     if args.adversarial:
@@ -159,9 +153,7 @@ def find_checkpoint(args, accelerator) -> tuple[Path | None, int]:
         return None, 0
     older = [other for other in list_checkpoints(args.output_dir) if other != path]
     manifest = read_manifest(path, f" Try --resume_from_checkpoint {older[-1].name}." if older else "")
-    now, ignored = checkpoint_config(args, accelerator), ignored_on_resume(args)
-    # What an earlier version compared and this one does not is no difference.
-    before = {name: value for name, value in manifest["config"].items() if name in now or name not in ignored}
+    before, now = manifest["config"], checkpoint_config(args, accelerator)
     different = [
         f"{name} {before.get(name)} (now {now.get(name)})"
         for name in sorted(now.keys() | before.keys())
@@ -316,7 +308,7 @@ class Validation:
 
     def draw_prompt(self, n, pipeline) -> list[Image.Image]:
         args, vae = self.run.args, self.models.vae
-        side = args.resolution // vae_factor(vae.config)
+        side = args.resolution // pipeline.vae_scale_factor
         negative = {f"negative_{name}": value for name, value in self.models.prompt_encoder.negative.items()}
         # In float32, since a pipeline may give the latents the embeddings' precision.
         embeddings = {name: value.float() for name, value in (self.conditions[n] | negative).items()}

@@ -352,10 +352,12 @@ def train(generator, adversary, models, validation, run):
             values = update_finetune(batches, iteration, generator, models, run)
         else:
             # 2. One start index for the whole global batch.
-            num_steps, path_generator = args.num_inference_steps, make_generator(args.seed, "path", iteration)
+            num_steps = args.num_inference_steps
+            path_generator = make_generator(args.seed, "path", iteration)
             start_index = torch.randint(num_steps, (1,), generator=path_generator).item()
             # 3. The steps that send a gradient.
-            updates_generator, train_steps = is_generator_iteration(iteration, args), ()
+            train_steps = ()
+            updates_generator = is_generator_iteration(iteration, args)
             if updates_generator:
                 train_steps = select_train_steps(start_index, num_steps, args.num_gradient_steps, path_generator)
             # 4. Simulate inference and 5. decode.
@@ -381,7 +383,7 @@ def train(generator, adversary, models, validation, run):
             adversary.warn_if_saturated(values)
 
         progress.log(values | {"lr": generator.lr}, iteration, started)
-        del batches  # else the next ones are made beside them
+        del batches
         done = iteration + 1
         if done % args.checkpointing_steps == 0:
             save_checkpoint(done, args, run.accelerator)

@@ -48,6 +48,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
@@ -186,17 +187,6 @@ def parse_args(input_args=None):
     return parse_options(make_parser(), SAMPLERS, input_args)
 
 
-def dynamic_shift(config, image_seq_len) -> float | None:
-    """`mu`, by which a checkpoint with dynamic shifting shifts its schedule: the pipeline's line through
-    (base length, base shift) and (maximum length, maximum shift)."""
-    if not config.get("use_dynamic_shifting", False):
-        return None
-    base_length, max_length = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    slope = (max_shift - base_shift) / (max_length - base_length)
-    return image_seq_len * slope + (base_shift - slope * base_length)
-
-
 def make_sampler(args, base_scheduler_config, image_seq_len, device):
     """The scheduler of the rollout, of validation and of the saved pipeline, with `set_timesteps` called.
 
@@ -217,7 +207,15 @@ def make_sampler(args, base_scheduler_config, image_seq_len, device):
         )
     if config.get("invert_sigmas", False):
         raise ADTError("The base pipeline's scheduler has invert_sigmas: it runs from the data to the noise.")
-    mu = dynamic_shift(config, image_seq_len)
+    mu = None
+    if config.get("use_dynamic_shifting", False):
+        mu = calculate_shift(
+            image_seq_len,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
     if args.sampler == "euler":
         sampler = FlowMatchEulerDiscreteScheduler.from_config(config)
         sampler.set_timesteps(args.num_inference_steps, device=device, **({} if mu is None else {"mu": mu}))
@@ -534,10 +532,12 @@ def train(generator, adversary, models, validation, run):
             values = update_finetune(batches, iteration, generator, models, run)
         else:
             # 2. One start index for the whole global batch.
-            num_steps, path_generator = args.num_inference_steps, make_generator(args.seed, "path", iteration)
+            num_steps = args.num_inference_steps
+            path_generator = make_generator(args.seed, "path", iteration)
             start_index = torch.randint(num_steps, (1,), generator=path_generator).item()
             # 3. The steps that send a gradient.
-            updates_generator, train_steps = is_generator_iteration(iteration, args), ()
+            train_steps = ()
+            updates_generator = is_generator_iteration(iteration, args)
             if updates_generator:
                 train_steps = select_train_steps(start_index, num_steps, args.num_gradient_steps, path_generator)
             # 4. Simulate inference and 5. decode.
@@ -563,7 +563,7 @@ def train(generator, adversary, models, validation, run):
             adversary.warn_if_saturated(values)
 
         progress.log(values | {"lr": generator.lr}, iteration, started)
-        del batches  # else the next ones are made beside them
+        del batches
         done = iteration + 1
         if done % args.checkpointing_steps == 0:
             save_checkpoint(done, args, run.accelerator)

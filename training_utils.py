@@ -35,7 +35,7 @@ import math
 import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Callable
@@ -537,7 +537,7 @@ class Run:
     """What is known of a run once its input is checked, before any model is loaded."""
 
     family: Family
-    args: Options
+    args: Options = field(repr=False)  # which may hold a token
     accelerator: Accelerator
     dataset: datasets.Dataset
     checkpoint: Path | None  # to resume from

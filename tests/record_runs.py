@@ -3,10 +3,10 @@
     python tests/record_runs.py BEFORE                      # with the old code
     python tests/record_runs.py AFTER --against BEFORE      # with the new code, on the same machine
 
-For each family, full and LoRA: adversarial, `auto`, plain fine-tuning, EMA and two micro-batches, six iterations each
-on tiny models. Recorded are the logged values and every file of the last checkpoint and of the result by its content
-(versions, times and Python's own random state aside). With `--against`, each checkpoint of the other version is also
-resumed by this one. Differences are printed, and are the exit status.
+For each family, full and LoRA: adversarial, `auto`, plain fine-tuning, EMA, two micro-batches, and a handful of other
+options together, six iterations each on tiny models. Recorded are the logged values and every file of the last
+checkpoint and of the result by its content (versions, times and Python's own random state aside). With `--against`,
+each checkpoint of the other version is also resumed by this one. Differences are printed, and are the exit status.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from helpers import read_scalars  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 
@@ -40,6 +41,7 @@ COMMON = [
     "--noise_offset", "0.1", "--random_flip", "--resume_from_checkpoint", "latest",
 ]  # fmt: skip
 FAMILY_OPTIONS = {"sd15": [], "sdxl": [], "sd3": ["--max_sequence_length", "16"]}
+OTHER_OPTIONS = {"sd15": ["--snr_gamma", "5"], "sdxl": ["--rollout_time_ids", "image"], "sd3": ["--no_t5"]}
 TRAINED = {"full": [], "lora": ["--use_lora", "--rank", "4", "--lora_alpha", "8"]}
 METHODS = {
     "adversarial": [],
@@ -47,6 +49,8 @@ METHODS = {
     "plain": ["--adversarial_loss_weight", "0"],
     "ema": ["--use_ema", "--ema_decay", "0.5", "--validation_prompts", "a red disc", "--num_validation_images", "1",
             "--validation_steps", "3"],
+    "other": ["--discriminator_type", "projected", "--augmentation_pairing", "shared", "--lr_scheduler", "cosine",
+              "--scale_lr", "--gradient_checkpointing", "--use_ema", "--offload_ema"],
     "micro": ["--gradient_accumulation_steps", "2", "--train_batch_size", "1", "--discriminator_norm_group", "1"],
 }  # fmt: skip
 VERSIONS = {"versions", "_diffusers_version", "transformers_version"}
@@ -71,6 +75,10 @@ def hash_value(digest, value):
 def content_hash(file) -> str:
     digest = hashlib.sha256()
     if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        # PEFT writes a set of names here, in an order of its own each time.
+        hash_value(digest, {k: sorted(v) if isinstance(v, list) else v for k, v in metadata.items()})
         hash_value(digest, load_file(file))
     elif file.suffix in (".bin", ".pkl"):
         value = torch.load(file, weights_only=False)
@@ -143,6 +151,8 @@ def main():
                 if args.only not in name:
                     continue
                 options = [*trained_options, *method_options]
+                if method == "other":
+                    options += OTHER_OPTIONS[family] + ["--fuse_lora"] * (trained == "lora")
                 shutil.rmtree(name, ignore_errors=True)
                 train(family, name, options)
                 record[name] = record_run(Path(name))
