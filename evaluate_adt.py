@@ -59,7 +59,7 @@ from evaluate_metrics import (
 )
 from evaluate_report import ReportError, count_votes, load_card, update_model_card, write_report
 from output_utils import list_checkpoints
-from training_utils import SAMPLERS, configure_sampler
+from training_utils import SAMPLERS, configure_sampler, non_negative_int, positive_int
 
 
 OWN = "own"  # the scheduler that the pipeline comes with
@@ -86,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", default="test", help="Of the dataset.")
     parser.add_argument("--image_column", default="image", help="Column with the images.")
     parser.add_argument("--caption_column", default="text", help="Column with captions; of several, the first.")
-    parser.add_argument("--num_images", type=int, default=5000, help="The first ones of the split; or all of it.")
+    parser.add_argument(
+        "--num_images", type=positive_int, default=5000, help="The first ones of the split; or all of it."
+    )
     parser.add_argument(
         "--quality_prompts", nargs="+", default=[], metavar="FILE",
         help="Prompts for hps and aesthetic, and for all without a dataset: a line each, or JSON lists as HPSv2's.",
@@ -96,16 +98,20 @@ def make_parser() -> argparse.ArgumentParser:
         "--sampler", nargs="+", default=["own:50"], metavar="NAME:STEPS", help=f"Of {', '.join(SAMPLER_NAMES)}."
     )
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[7.0], help="One or several.")
-    parser.add_argument("--resolution", type=int, default=None, help="Side of the images; the first pipeline's own.")
-    parser.add_argument("--seed", type=int, default=0, help="Each image's noise derives from it and the index.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Images at a time.")
+    parser.add_argument(
+        "--resolution", type=positive_int, default=None, help="Side of the images; the first pipeline's own."
+    )
+    parser.add_argument(
+        "--seed", type=non_negative_int, default=0, help="Each image's noise derives from it and the index."
+    )
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="Images at a time.")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="To sample in.")
     parser.add_argument(
         "--metrics", nargs="+", default=["fdd", "precision_recall", "clip", "sharpness"],
         help=f"Of {', '.join(CHOICES)}.",
     )  # fmt: skip
     parser.add_argument("--dinov2_model_name_or_path", default="facebook/dinov2-base", help="For fdd and precision.")
-    parser.add_argument("--dinov2_resolution", type=int, default=224, help="Side of the images that it sees.")
+    parser.add_argument("--dinov2_resolution", type=positive_int, default=224, help="Side of the images that it sees.")
     parser.add_argument(
         "--inception_weights", default=None, help="For fid: InceptionV3 as TorchScript; torch-fidelity's by default."
     )
@@ -121,9 +127,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--aesthetic_clip_model_name_or_path", default="openai/clip-vit-large-patch14", help="For aesthetic."
     )
-    parser.add_argument("--nearest_k", type=int, default=5, help="Neighbours, for precision and recall.")
-    parser.add_argument("--num_bootstrap", type=int, default=100, help="Resamples for the 95 %% intervals.")
-    parser.add_argument("--num_gallery", type=int, default=24, help="Prompts in report.html's gallery.")
+    parser.add_argument("--nearest_k", type=positive_int, default=5, help="Neighbours, for precision and recall.")
+    parser.add_argument(
+        "--num_bootstrap", type=non_negative_int, default=100, help="Resamples for the 95 %% intervals."
+    )
+    parser.add_argument("--num_gallery", type=non_negative_int, default=24, help="Prompts in report.html's gallery.")
     parser.add_argument(
         "--votes", nargs="+", default=[], metavar="FILE", help="Votes that the blind comparison in report.html saved."
     )
@@ -169,12 +177,6 @@ def parse_args(input_args=None):
     without = [name for name in args.metrics if name in NEED_REAL_IMAGES and args.dataset_name is None]
     if without:
         parser.error(f"--metrics {' '.join(without)} compare with real images: name --dataset_name.")
-    for name in ("num_images", "batch_size", "nearest_k", "dinov2_resolution", "resolution"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name} must be greater than 0, not {getattr(args, name)}.")
-    for name in ("num_bootstrap", "num_gallery", "seed"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must not be negative, not {getattr(args, name)}.")
     return args
 
 
