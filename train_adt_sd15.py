@@ -507,7 +507,7 @@ def update_finetune(batches, iteration, generator, models, run) -> dict:
 def tune(sampler, noise_scheduler, run):
     """The run from its models' weights to the saved result.
 
-    A function of its own so that nothing which trained is referred to any more when `end_run` ends the processes.
+    A function of its own, so that nothing refers to the trained networks any more when `end_run` closes the run.
     """
     args, accelerator = run.args, run.accelerator
     prompt_encoder = PromptEncoder(args, accelerator)

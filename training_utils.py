@@ -200,11 +200,7 @@ def sampler_of(samplers):
 
 
 def add_arguments(parser, samplers):
-    """The options that all the scripts have; what differs between families is set as a default by their scripts.
-
-    Args:
-        samplers: {name: (class, default number of steps, ...)}.
-    """
+    """The options that all the scripts have, which set their families' defaults; `samplers` as in `parse_options`."""
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser)
