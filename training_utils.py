@@ -200,7 +200,7 @@ def sampler_of(samplers):
 
 
 def add_arguments(parser, samplers):
-    """The options that all the scripts have, which set their families' defaults; `samplers` as in `parse_options`."""
+    """The options of all the scripts, less the defaults that differ between them; `samplers` as in `parse_options`."""
     add_model_arguments(parser)
     add_data_arguments(parser)
     add_training_arguments(parser)
