@@ -16,7 +16,7 @@
 - the constrained backward path through a sampler: `constrained_step`, `select_train_steps`, `starting_latents`,
   `simulate_inference` (equations 3, 4 and 10 to 13 of the paper);
 - the discriminator: `DiffAugment`, `FeatureNetwork`, `SiameseDiscriminator`, `ProjectedDiscriminator` (3.1, A.2);
-- the adversarial losses: `discriminator_loss`, `generator_loss` (equations 8 and 9).
+- the adversarial losses: `discriminator_loss`, `generator_loss` (equations 8 and 9), `mismatched_partners`.
 
 Symbols: `x_i` are the latents before step `i` of the sampler's own path of `N` steps, `eps_theta` is the network's
 prediction, `sg` stops the gradient, `F` is the frozen feature network, `h` a head, `h'` its twin, `q` a predictor.
@@ -467,20 +467,26 @@ class FeatureNetwork(nn.Module):
     def train(self, mode: bool = True):
         return super().train(False)
 
-    def forward(self, images) -> list[torch.Tensor]:
-        """images: (B, 3, H, W) in [-1, 1]. Returns one (B, C, L) float32 tensor a layer.
-
-        The CLS token is added to every patch token and dropped.
-        """
+    def run_model(self, images, **options):
         if images.shape[-2:] != (self.resolution, self.resolution):
             # Antialiased: plain bilinear would read, and send gradient to, a part of the pixels only.
             images = F.interpolate(
                 images, size=(self.resolution, self.resolution), mode="bilinear", antialias=True, align_corners=False
             )
-        images = ((images + 1) / 2 - self.mean) / self.std
-        hidden_states = self.model(pixel_values=images, output_hidden_states=True).hidden_states
+        return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
+
+    def forward(self, images) -> list[torch.Tensor]:
+        """images: (B, 3, H, W) in [-1, 1]. Returns one (B, C, L) float32 tensor a layer.
+
+        The CLS token is added to every patch token and dropped.
+        """
+        hidden_states = self.run_model(images, output_hidden_states=True).hidden_states
         features = [hidden_states[layer + 1].float() for layer in self.layers]
         return [(tokens[:, 1:] + tokens[:, :1]).transpose(1, 2) for tokens in features]
+
+    def embed(self, images) -> torch.Tensor:
+        """images: (B, 3, H, W) in [-1, 1]. Returns DINOv2's embedding of each, its last CLS token, (B, C) float32."""
+        return self.run_model(images).pooler_output.float()
 
 
 def largest_group(batch_size: int, limit: int = 8) -> int:
@@ -653,19 +659,39 @@ class ProjectedDiscriminator(nn.Module):
             return torch.cat([head(x.float()).flatten(1) for head, x in zip(self.heads, features, strict=True)], dim=1)
 
 
-def discriminator_loss(real_scores=None, fake_scores=None):
+def mismatched_partners(captions) -> Optional[list[int]]:
+    """For each image of a batch another one, whose caption differs: the next, and behind the last the first again.
+
+    Args:
+        captions: a list of B strings.
+
+    Returns:
+        B indices; None where all captions are equal, so that no pair of the batch is known to be a mismatch.
+    """
+    count = len(captions)
+    if len(set(captions)) < 2:
+        return None
+    following = [[(n + step) % count for step in range(1, count)] for n in range(count)]
+    return [next(m for m in others if captions[m] != captions[n]) for n, others in enumerate(following)]
+
+
+def discriminator_loss(real_scores=None, fake_scores=None, mismatched_scores=None):
     """`E[max(0, 1 - D(y, y))] + E[max(0, 1 + D(sg(y_hat), y))]` (equation 9); 0-d.
 
-    The two terms may be asked for one at a time, since real and fake images go through the discriminator in two
-    forwards, and each forward's backward comes before the next forward under data parallelism.
+    The terms may be asked for one at a time, since real and fake images go through the discriminator in forwards of
+    their own, and each forward's backward comes before the next forward under data parallelism.
+
+    `mismatched_scores` are of real images against other images' references, and add `E[max(0, 1 + D(y_i, y_j))]`. The
+    paper has no such term: without one, telling real from generated, whatever the reference, is enough.
     """
     terms = []
     if real_scores is not None:
         terms.append(F.relu(1 - real_scores).mean())
-    if fake_scores is not None:
-        terms.append(F.relu(1 + fake_scores).mean())
+    for scores in (fake_scores, mismatched_scores):
+        if scores is not None:
+            terms.append(F.relu(1 + scores).mean())
     if not terms:
-        raise ValueError("discriminator_loss needs real_scores, fake_scores or both.")
+        raise ValueError("discriminator_loss needs real_scores, fake_scores or mismatched_scores.")
     return sum(terms)
 
 

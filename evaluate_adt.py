@@ -25,6 +25,7 @@ It needs `evaluate_metrics.py`, `evaluate_report.py`, `evaluate_report.html` and
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import json
@@ -37,6 +38,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -64,6 +66,9 @@ from training_utils import SAMPLERS, configure_sampler, non_negative_int, positi
 
 OWN = "own"  # the scheduler that the pipeline comes with
 SAMPLER_NAMES = (*SAMPLERS, OWN)
+FLOOR = "VAE floor"
+# What `settings.json` has one of for each image, and its name for one.
+ONE_EACH = {"prompts": "prompt", "originals": "original of image"}
 # Below this many images the Fréchet distances' bias is larger than most differences.
 FEW_IMAGES = 2048
 
@@ -131,6 +136,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_bootstrap", type=non_negative_int, default=100, help="Resamples for the 95 %% intervals."
     )
+    parser.add_argument(
+        "--vae_floor", action=argparse.BooleanOptionalAction, default=False,
+        help="Also measures the real images as each pipeline's VAE gives them back.",
+    )  # fmt: skip
     parser.add_argument("--num_gallery", type=non_negative_int, default=24, help="Prompts in report.html's gallery.")
     parser.add_argument(
         "--votes", nargs="+", default=[], metavar="FILE", help="Votes that the blind comparison in report.html saved."
@@ -177,6 +186,8 @@ def parse_args(input_args=None):
     without = [name for name in args.metrics if name in NEED_REAL_IMAGES and args.dataset_name is None]
     if without:
         parser.error(f"--metrics {' '.join(without)} compare with real images: name --dataset_name.")
+    if args.vae_floor and args.dataset_name is None:
+        parser.error("--vae_floor takes real images: name --dataset_name.")
     return args
 
 
@@ -302,6 +313,12 @@ def open_reference(dataset, index, args) -> Image.Image:
     return image
 
 
+def original_digest(record) -> str:
+    """Sixteen hexadecimal digits for an undecoded image of the dataset, of its file's content."""
+    content = Path(record["path"]).read_bytes() if record["bytes"] is None else record["bytes"]
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def load_index(path, args) -> dict:
     """The pipeline's `model_index.json`, refused unless it is a text-to-image pipeline's."""
     try:
@@ -320,6 +337,15 @@ def absent_components(index) -> dict:
     """What must be said to be absent: what is, and a safety checker, which would blacken images at random."""
     absent = {key: None for key, value in index.items() if isinstance(value, list) and None in value}
     return absent | ({"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {})
+
+
+def check_index(candidate, args):
+    """Refuses what is no text-to-image pipeline, or has no VAE that `--vae_floor` could use."""
+    index = load_index(candidate.path, args)
+    if args.vae_floor and index.get("vae", [None])[-1] != "AutoencoderKL":
+        raise EvaluationError(
+            f"--vae_floor: the pipeline {candidate.name} has no AutoencoderKL, which could encode the real images."
+        )
 
 
 def find_folder(candidate, args) -> Path:
@@ -361,7 +387,7 @@ def check_candidate(candidate, args) -> dict:
     """Loads the pipeline once before any image is made, and makes every sampler, to find what does not work.
 
     Returns what its images depend on: "weights" stands for its files of weights, by size and time (adapters on the Hub
-    aside), and "samplers" has each one's configuration.
+    aside), "samplers" has each one's configuration, and "vae", with `--vae_floor`, is `vae_digest`'s.
 
     Raises:
         EvaluationError: where it cannot be loaded, or a sampler does not suit it.
@@ -388,7 +414,34 @@ def check_candidate(candidate, args) -> dict:
     files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
     files += sorted(file for folder in folders for file in folder.glob("*.bin"))
     facts = [(file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return {"samplers": samplers, "weights": hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}
+    weights = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    vae = vae_digest(pipeline.vae) if args.vae_floor else None
+    return {"samplers": samplers, "weights": weights, "vae": vae}
+
+
+def vae_digest(vae) -> str:
+    """Sixteen hexadecimal digits for its weights. What scales latents is left out, as it cancels in `reconstruct`."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.float().numpy().tobytes())  # `reconstruct` takes them so, too
+    return digest.hexdigest()[:16]
+
+
+def find_floors(facts) -> list[dict]:
+    """The report's "floors": one for each VAE, whichever pipelines have it. facts: {name: `check_candidate`'s}."""
+    owners = {}
+    for name, found in facts.items():
+        owners.setdefault(found["vae"], []).append(name)
+    return [
+        {
+            "name": FLOOR if len(owners) == 1 else f"{names[0]} ({FLOOR})",
+            "pipelines": names,
+            "vae": vae,
+            "images": {"test": str(Path("images", "vae_floor", vae))},
+        }
+        for vae, names in owners.items()
+    ]
 
 
 def default_resolution(pipeline, candidate) -> int:
@@ -403,6 +456,8 @@ def default_resolution(pipeline, candidate) -> int:
 def check_settings(directory, settings):
     """Refuses a folder whose images are of other settings; more or fewer of the same prompts are no other settings.
 
+    settings: with "prompts" or, for a VAE's floor, "originals", each a list of strings, one for each image.
+
     Raises:
         EvaluationError: naming what differs.
     """
@@ -411,15 +466,16 @@ def check_settings(directory, settings):
         return
     before = json.loads(file.read_text())
     changes = []
-    for name in sorted(settings.keys() - {"prompts"}):
+    for name in sorted(settings.keys() - set(ONE_EACH)):
         if before.get(name) != settings[name]:
             old, new = before.get(name), settings[name]
             if isinstance(new, dict) and isinstance(old, dict):  # a scheduler's configuration
                 different = [key for key in new.keys() | old.keys() if old.get(key) != new.get(key)]
                 old, new = ({key: values.get(key) for key in sorted(different)} for values in (old, new))
             changes.append(f"{name} {old} (now {new})")
-    pairs = zip(before["prompts"], settings["prompts"], strict=False)
-    changes += [f"prompt {n} {old!r} (now {new!r})" for n, (old, new) in enumerate(pairs) if old != new][:1]
+    (name,) = settings.keys() & set(ONE_EACH)
+    pairs = zip(before[name], settings[name], strict=False)
+    changes += [f"{ONE_EACH[name]} {n} {old!r} (now {new!r})" for n, (old, new) in enumerate(pairs) if old != new][:1]
     if changes:
         raise EvaluationError(
             f"{directory} has images of other settings: {', '.join(changes)}. Name another --output_dir."
@@ -427,37 +483,70 @@ def check_settings(directory, settings):
 
 
 def write_settings(directory, settings):
-    """Writes `settings.json` unless the one that is there has these prompts and more."""
+    """Writes `settings.json` unless the one that is there has these prompts, or originals, and more."""
     file, partial = directory / "settings.json", directory / ".settings-partial.json"
-    if not file.is_file() or len(json.loads(file.read_text())["prompts"]) < len(settings["prompts"]):
+    (name,) = settings.keys() & set(ONE_EACH)
+    if not file.is_file() or len(json.loads(file.read_text())[name]) < len(settings[name]):
         directory.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(settings, indent=2))
         partial.rename(file)
 
 
-def generate(pipeline, captions, steps, guidance_scale, directory, args, accelerator):
-    """Draws the images that `directory` lacks, shared out over the processes."""
-    own = range(accelerator.process_index, len(captions), accelerator.num_processes)
+def draw(pipeline, captions, run, args, indices) -> list[Image.Image]:
+    """What the pipeline makes of the captions with these indices, with a run's steps and guidance scale."""
+    return pipeline(
+        [captions[index] for index in indices],
+        # An image's own: the same noise for every pipeline, whatever the batch.
+        generator=[make_generator(args.seed, "evaluation", index) for index in indices],
+        num_inference_steps=run["steps"],
+        guidance_scale=run["guidance_scale"],
+        height=args.resolution,
+        width=args.resolution,
+    ).images
+
+
+@torch.no_grad()
+def reconstruct(vae, dataset, args, indices) -> list[Image.Image]:
+    """The real images with these indices as the VAE, in float32, gives them back from its posterior's mode."""
+    processor = VaeImageProcessor(do_resize=False)
+    images = [square(open_reference(dataset, index, args), args.resolution) for index in indices]
+    latents = vae.encode(processor.preprocess(images).to(vae.device)).latent_dist.mode()
+    return processor.postprocess(vae.decode(latents).sample)
+
+
+def generate(make, count, directory, args, accelerator):
+    """Makes those of `count` images that `directory` lacks, shared out over the processes.
+
+    make: a function from a list of indices to as many PIL images.
+    """
+    own = range(accelerator.process_index, count, accelerator.num_processes)
     missing = [index for index in own if not (directory / f"{index:06d}.png").is_file()]
     bar = tqdm(total=len(missing), desc=str(directory), disable=not accelerator.is_local_main_process)
     for first in range(0, len(missing), args.batch_size):
         indices = missing[first : first + args.batch_size]
-        images = pipeline(
-            [captions[index] for index in indices],
-            # An image's own: the same noise for every pipeline, whatever the batch.
-            generator=[make_generator(args.seed, "evaluation", index) for index in indices],
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            height=args.resolution,
-            width=args.resolution,
-        ).images
-        for index, image in zip(indices, images, strict=True):
+        for index, image in zip(indices, make(indices), strict=True):
             partial = directory / f".{index:06d}-partial.png"
             image.save(partial)
             partial.rename(directory / f"{index:06d}.png")
         bar.update(len(indices))
     bar.close()
     accelerator.wait_for_everyone()
+
+
+def generate_with(pipeline, name, report, sets, dataset, args, accelerator):
+    """The images of the runs of the pipeline `name`, and of the floor of its VAE where none before it has that VAE."""
+    base = pipeline.scheduler
+    for run in report["runs"]:
+        if run["pipeline"] == name:
+            pipeline.scheduler = make_scheduler(run["sampler"], base)
+            for kind, prompts in sets.items():
+                make = functools.partial(draw, pipeline, prompts, run, args)
+                generate(make, len(prompts), Path(args.output_dir, run["images"][kind]), args, accelerator)
+    for floor in report["floors"]:
+        if floor["pipelines"][0] == name:
+            # Last, since the pipeline draws with it in --dtype.
+            make = functools.partial(reconstruct, pipeline.vae.float(), dataset, args)
+            generate(make, len(dataset), Path(args.output_dir, floor["images"]["test"]), args, accelerator)
 
 
 def find_card(value, candidates) -> tuple[str, Path]:
@@ -498,7 +587,7 @@ def main(args):
     # Everything that can be refused before an image is made.
     candidates = find_candidates(args)
     for candidate in candidates:
-        load_index(candidate.path, args)
+        check_index(candidate, args)
     dataset, sets = None, {}
     if args.dataset_name is not None:
         dataset, sets["test"] = load_reference(args)
@@ -509,6 +598,8 @@ def main(args):
         sets["quality"] = load_prompts(args.quality_prompts)
     metrics = {name: [metric for metric in args.metrics if prompt_set(metric, sets) == name] for name in sets}
     sets = {name: prompts for name, prompts in sets.items() if metrics[name]}
+    if args.vae_floor and "test" not in sets:
+        raise EvaluationError("--vae_floor: the metrics are all of --quality_prompts, which have no real images.")
     if {"fid", "fdd"} & set(args.metrics) and len(dataset) < 2:
         raise EvaluationError("A Fréchet distance needs more than one image.")
     if "precision_recall" in args.metrics and len(dataset) <= args.nearest_k + 1:
@@ -518,6 +609,24 @@ def main(args):
     networks = load_networks(args) if accelerator.is_main_process else {}
     facts = {candidate.name: check_candidate(candidate, args) for candidate in candidates}
 
+    report = start_report(candidates, facts, sets, dataset, args)
+    if accelerator.is_main_process:
+        prepare_output(report, sets, facts, dataset, args)
+    accelerator.wait_for_everyone()
+
+    for candidate in candidates:
+        pipeline = load_pipeline(candidate, args, accelerator.device)
+        generate_with(pipeline, candidate.name, report, sets, dataset, args, accelerator)
+        del pipeline  # before the next one is loaded
+    if accelerator.is_main_process:
+        for network in networks.values():
+            network.to(accelerator.device)
+        evaluate(report, sets, metrics, dataset, networks, card, args)
+    accelerator.end_training()
+
+
+def start_report(candidates, facts, sets, dataset, args) -> dict:
+    """The report as far as it is known before images are made. facts: {name: `check_candidate`'s}."""
     runs = [
         {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
         for candidate, (sampler, steps), guidance_scale in product(candidates, args.sampler, args.guidance_scale)
@@ -540,6 +649,7 @@ def main(args):
         },
         "pipelines": [asdict(candidate) | {"weights": facts[candidate.name]["weights"]} for candidate in candidates],
         "runs": runs,
+        "floors": find_floors(facts) if args.vae_floor else [],
         "warnings": [],
     }
     if "test" in sets and len(dataset) < FEW_IMAGES and NEED_REAL_IMAGES & set(args.metrics):
@@ -547,30 +657,11 @@ def main(args):
             f"{len(dataset)} images are few for a Fréchet distance, whose bias grows as they get fewer, and for "
             "precision and recall. Compare only numbers with the same count."
         )
-    if accelerator.is_main_process:
-        prepare_output(report, sets, facts, args)
-    accelerator.wait_for_everyone()
-
-    for candidate in candidates:
-        pipeline = load_pipeline(candidate, args, accelerator.device)
-        base = pipeline.scheduler
-        for run in runs:
-            if run["pipeline"] != candidate.name:
-                continue
-            pipeline.scheduler = make_scheduler(run["sampler"], base)
-            for name, prompts in sets.items():
-                directory = Path(args.output_dir, run["images"][name])
-                generate(pipeline, prompts, run["steps"], run["guidance_scale"], directory, args, accelerator)
-        del pipeline
-    if accelerator.is_main_process:
-        for network in networks.values():
-            network.to(accelerator.device)
-        evaluate(report, sets, metrics, dataset, networks, card, args)
-    accelerator.end_training()
+    return report
 
 
-def prepare_output(report, sets, facts, args):
-    """Makes the folders of all runs, once none of them has images of other settings, and counts the votes."""
+def prepare_output(report, sets, facts, dataset, args):
+    """Makes all folders of images, once none of them has images of other settings, and counts the votes."""
     count_votes(args.votes, report)
     folders = {}
     for run, (name, prompts) in product(report["runs"], sets.items()):
@@ -582,6 +673,12 @@ def prepare_output(report, sets, facts, args):
             "guidance_scale": run["guidance_scale"],
             **{key: report["settings"][key] for key in ("resolution", "seed", "dtype")},
             "prompts": prompts,
+        }
+    for floor in report["floors"]:
+        folders[Path(args.output_dir, floor["images"]["test"])] = {
+            "vae": floor["vae"],
+            "resolution": args.resolution,
+            "originals": [original_digest(dataset[index][args.image_column]) for index in range(len(dataset))],
         }
     for directory, settings in folders.items():
         check_settings(directory, settings)
@@ -600,7 +697,7 @@ def open_image(file) -> Image.Image:
 
 
 def evaluate(report, sets, metrics, dataset, networks, card, args):
-    """Measures the images of every run, and writes the reports and the card."""
+    """Measures the images of every run and every floor, and writes the reports and the card."""
     real, reference = None, {}
     if "test" in sets:
         real = Loaded(lambda index: square(open_reference(dataset, index, args), args.resolution), len(dataset))
@@ -611,10 +708,10 @@ def evaluate(report, sets, metrics, dataset, networks, card, args):
                 f"{metric}: {len(dataset)} images are not more than the {reference[key].shape[1]} features, whose "
                 "covariance is then singular."
             )
-    for run in tqdm(report["runs"], desc="Measuring"):
+    for run in tqdm([*report["runs"], *report["floors"]], desc="Measuring"):
         run["metrics"] = {}
-        for name, prompts in sets.items():
-            directory = Path(args.output_dir, run["images"][name])
+        for name, folder in run["images"].items():
+            directory, prompts = Path(args.output_dir, folder), sets[name]
             images = Loaded(
                 lambda index, directory=directory: open_image(directory / f"{index:06d}.png"), len(prompts)
             )

@@ -30,6 +30,8 @@ A report is a dict that JSON can hold:
 - "runs": a list of {"pipeline", "sampler", "steps", "guidance_scale", "images", "metrics"}: "images" has the folders
   of the sets of prompts "test" and "quality", relative to the report's own, with image n as `NNNNNN.png`; "metrics"
   has {name: {"value", "interval", "n", "prompts", ...}}, with "scores" where there is one for each image;
+- "floors": a list of {"name", "pipelines", "vae", "images", "metrics"}, with images and metrics as a run's: the real
+  images through the VAE of these pipelines and back. They are compared with nothing, and drawn by no setting;
 - "warnings": sentences.
 
 `metrics`, everywhere below, is {name: (description, direction)}; the direction is "lower" or "higher", whichever is
@@ -57,6 +59,10 @@ from PIL import Image
 from training_utils import options_without_effect
 
 
+FLOOR_NOTE = (
+    " VAE floor: the real images, encoded and decoded by a pipeline's VAE and measured as if it had drawn them, about "
+    "the best distance, precision and recall that tuning its denoiser can reach. Its other numbers are no limit."
+)
 TITLE = "Comparison of text-to-image pipelines"
 VOTES_FORMAT = "adt-votes/1"
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}
@@ -253,12 +259,20 @@ def text(value) -> str:
     return str(value)
 
 
-def metric_cell(run, name, runs, metrics) -> str:
-    """Value and interval; `Best` where none of `runs` in the same setting has a better value."""
+def value_cell(run, name) -> str:
+    """Value and interval of a run or a floor."""
     if name not in run["metrics"]:
         return "–"
     value, interval = run["metrics"][name]["value"], run["metrics"][name]["interval"]
-    cell = f"{value:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+    return f"{value:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+
+
+def metric_cell(run, name, runs, metrics) -> str:
+    """Value and interval; `Best` where none of `runs` in the same setting has a better value."""
+    cell = value_cell(run, name)
+    if name not in run["metrics"]:
+        return cell
+    value = run["metrics"][name]["value"]
     rivals = [
         other["metrics"][name]["value"]
         for other in runs
@@ -268,6 +282,11 @@ def metric_cell(run, name, runs, metrics) -> str:
     if direction is None or len(rivals) == 1:
         return cell
     return Best(cell) if value == (min if direction == "lower" else max)(rivals) else cell
+
+
+def floors_of(report, names) -> list:
+    """The floors of the VAEs of the pipelines with these names."""
+    return [floor for floor in report["floors"] if not set(names).isdisjoint(floor["pipelines"])]
 
 
 def metric_headers(names, metrics) -> list:
@@ -284,14 +303,16 @@ def main_table(report, metrics) -> Table:
         [
             [run["pipeline"], *map(str, setting(run)), *(metric_cell(run, name, runs, metrics) for name in names)]
             for run in runs
-        ],
+        ]
+        + [[floor["name"], "–", "–", "–", *(value_cell(floor, name) for name in names)] for floor in report["floors"]],
         "↓ lower is better, ↑ higher is better; the best with the same sampler, steps and guidance is in bold. "
         + (
             f"In brackets: 95 % intervals, bootstrap over images, {count} resamples. They say how far another draw of "
             "as many images could move the number, and nothing of another seed or another training run."
             if count
             else "There are no intervals, since num_bootstrap is 0."
-        ),
+        )
+        + FLOOR_NOTE * bool(report["floors"]),
     )
 
 
@@ -314,6 +335,11 @@ def transfer_tables(report, metrics) -> list:
                 inference = pipeline["training"] and pipeline["training"]["inference"]
                 trained = f"{inference['scheduler']}, {inference['num_inference_steps']} steps" if inference else "–"
                 rows.append([pipeline["name"], trained, *(cells.get(sampler, "–") for sampler in samplers)])
+            rows += [
+                [floor["name"], "–", *[value_cell(floor, name)] * len(samplers)]
+                for floor in report["floors"]
+                if name in floor["metrics"]
+            ]
             [header] = metric_headers([name], metrics)
             tables.append(
                 Table(
@@ -361,6 +387,10 @@ def training_tables(report, metrics) -> list:
         + [metric_cell(run, name, runs, metrics) for name in names]
         for run in runs
     ]
+    rows += [
+        [floor["name"], *["–"] * (several + len(columns)), *(value_cell(floor, name) for name in names)]
+        for floor in floors_of(report, tuned)
+    ]
     header = ["pipeline", *["sampled with"] * several, *columns, *metric_headers(names, metrics)]
     note = "Options that are the same for all of them, or that do not change the result, are left out."
     align = "l" * (len(header) - len(names)) + "r" * len(names)
@@ -395,6 +425,8 @@ def preference_tables(report) -> list:
 def about_tables(report, metrics) -> list:
     """How each number was made, and of what."""
     records = []
+    # With one VAE in all there is nothing to look up.
+    floors = report["floors"] if len(report["floors"]) > 1 else []
     for run in report["runs"]:
         for name, result in run["metrics"].items():
             made = {key: value for key, value in result.items() if key not in ("value", "interval", "scores")}
@@ -411,12 +443,14 @@ def about_tables(report, metrics) -> list:
         ),
         Table(
             "Pipelines",
-            ["name", "path", "adapters", "method", "iterations", "checkpoint of", "iteration"],
-            "llllrlr",
+            ["name", "path", "adapters", "method", "iterations", "checkpoint of", "iteration"]
+            + ["floor"] * bool(floors),
+            "llllrlr" + "l" * bool(floors),
             [
                 [pipeline["name"], pipeline["path"], text(pipeline["lora"])]
                 + [text((pipeline["training"] or {}).get(key)) for key in ("method", "iterations")]
                 + [text(pipeline["run"]), text(pipeline["iteration"])]
+                + [floor["name"] for floor in floors if pipeline["name"] in floor["pipelines"]]
                 for pipeline in report["pipelines"]
             ],
         ),
@@ -463,7 +497,7 @@ def html_table(table) -> str:
 
 @dataclass
 class Sweep:
-    """`lines` has {label: [(x, run), ...]}, sorted by x, and `levels` {label: run} for runs that have no x."""
+    """`lines` has {label: [(x, run), ...]}, sorted by x, and `levels` {label: run or floor} for what has no x."""
 
     name: str
     title: str
@@ -477,6 +511,7 @@ def find_sweeps(report) -> list:
 
     Against guidance scale and steps (Figure 5), without the checkpoints; against training iteration (A2), the other
     pipelines as levels; and against each numeric training option in which alone pipelines differ (A3), but the seed.
+    The floors of the pipelines' VAEs are levels of all.
     """
     pipelines = {pipeline["name"]: pipeline for pipeline in report["pipelines"]}
     finished = [run for run in report["runs"] if not is_checkpoint(pipelines[run["pipeline"]])]
@@ -485,7 +520,10 @@ def find_sweeps(report) -> list:
     def add(name, title, x_label, points, levels=None):
         lines = {label: sorted(line, key=lambda point: point[0]) for label, line in points.items()}
         if any(len({x for x, _ in line}) > 1 for line in lines.values()):
-            sweeps.append(Sweep(name, title, x_label, lines, levels or {}))
+            levels = levels or {}
+            shown = [run["pipeline"] for line in lines.values() for _, run in line] + list(levels)
+            levels |= {floor["name"]: floor for floor in floors_of(report, shown)}
+            sweeps.append(Sweep(name, title, x_label, lines, levels))
 
     for (sampler, steps), runs in grouped(finished, "sampler", "steps").items():
         points = {
@@ -580,6 +618,15 @@ def data_uri(image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def read_images(folder, count) -> list:
+    """The first `count` images of a folder, for the page."""
+    uris = []
+    for index in range(count):
+        with Image.open(folder / f"{index:06d}.png") as image:
+            uris.append(data_uri(image))
+    return uris
+
+
 def gallery_data(report, prompts, real_image, output_dir, num_gallery) -> dict:
     """What the page's script reads: the first prompts of each set, and every image of theirs once."""
     settings = [dict(zip(SETTING, values, strict=True)) for values in grouped(report["runs"], *SETTING)]
@@ -588,14 +635,16 @@ def gallery_data(report, prompts, real_image, output_dir, num_gallery) -> dict:
         if lines[:num_gallery]:
             sets[name] = {"prompts": lines[:num_gallery]}
             if name == "test" and real_image is not None:
-                sets[name]["real"] = [data_uri(real_image(index)) for index in range(len(sets[name]["prompts"]))]
+                count = len(sets[name]["prompts"])
+                sets[name]["real"] = [data_uri(real_image(index)) for index in range(count)]
+                sets[name]["floors"] = [
+                    {"name": floor["name"], "images": read_images(Path(output_dir, floor["images"][name]), count)}
+                    for floor in report["floors"]
+                ]
     images = []
     for run in report["runs"]:
         for name, folder in run["images"].items():
-            uris = []
-            for index in range(len(sets[name]["prompts"]) if name in sets else 0):
-                with Image.open(Path(output_dir, folder, f"{index:06d}.png")) as image:
-                    uris.append(data_uri(image))
+            uris = read_images(Path(output_dir, folder), len(sets[name]["prompts"]) if name in sets else 0)
             if uris:
                 number = settings.index({key: run[key] for key in SETTING})
                 images.append({"pipeline": run["pipeline"], "setting": number, "set": name, "images": uris})

@@ -23,6 +23,7 @@ The sections can be read alone:
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
 from diffusers.utils import make_image_grid
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -39,6 +40,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from adversary_utils import DriftGuard, norm_group
 from data_utils import make_generator
 from training_utils import (
     ADTError,
@@ -47,12 +49,12 @@ from training_utils import (
     check_latents,
     global_batch_size,
     hub_options,
-    norm_group,
     trainable_parameters,
 )
 
 
 logger = get_logger(__name__)
+GOOD = "validated"  # a file in a checkpoint whose validation images had not drifted
 ADAPTERS = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks for
 
 
@@ -103,12 +105,19 @@ def save_checkpoint(iteration, args, accelerator):
         partial.rename(final)
         if args.checkpoints_total_limit is not None:
             # First those past this one, which a run left that was taken up again before them, then the oldest.
-            others = [path for path in list_checkpoints(args.output_dir) if path != final]
+            kept = (final, last_good_checkpoint(args.output_dir))
+            others = [path for path in list_checkpoints(args.output_dir) if path not in kept]
             others.sort(key=lambda path: checkpoint_iteration(path) < iteration)
             for old in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
                 shutil.rmtree(old)
         logger.info(f"Saved {final}")
     accelerator.wait_for_everyone()
+
+
+def last_good_checkpoint(directory) -> Path | None:
+    """The newest that a validation found good, which `--checkpoints_total_limit` spares."""
+    good = [path for path in list_checkpoints(directory) if (path / GOOD).is_file()]
+    return good[-1] if good else None
 
 
 def locate_checkpoint(args) -> Path | None:
@@ -264,26 +273,72 @@ class Validation:
 
     Args:
         conditions: each prompt's embeddings, dicts of (1, ...).
+
+    Attributes:
+        grids: the last images, one PIL image for each prompt, on the main process.
+        drifted: whether the run is to end, because what it draws has drifted.
     """
 
-    def __init__(self, generator, models, conditions, run):
+    def __init__(self, generator, adversary, models, conditions, run):
         self.generator, self.models, self.conditions, self.run = generator, models, conditions, run
         self.base_images = self.draw()
+        self.grids, self.drifted, self.guard = [], False, None
+        if adversary is not None and sum(map(len, self.base_images)) > 1:
+            prompts = run.args.validation_prompts
+            self.guard = DriftGuard(adversary.feature_network, prompts, self.base_images, run.args)
 
     def is_due(self, done) -> bool:
         """After `done` iterations; the last validation belongs to the run's end."""
         args = self.run.args
         return bool(self.conditions) and done % args.validation_steps == 0 and done < args.max_train_steps
 
-    def log(self, done) -> list[Image.Image]:
-        """Draws with the averaged weights, where there are any, and logs a grid for each prompt. Returns the grids."""
+    def log(self, done):
+        """Draws with the averaged weights, where there are any, logs a grid for each prompt, and looks for drift."""
         if not self.conditions:
-            return []
+            return
+        args, accelerator = self.run.args, self.run.accelerator
         with self.generator.averaged():
             tuned_images = self.draw()
-        if not self.run.accelerator.is_main_process:
-            return []
-        return log_validation(self.base_images, tuned_images, done, self.run)
+        drifted = False
+        if accelerator.is_main_process:
+            self.grids = log_validation(self.base_images, tuned_images, done, self.run)
+            if self.guard is not None:
+                kept, drifted = self.guard.check(tuned_images)
+                accelerator.log(kept, step=done)
+        if args.stop_on_drift:
+            self.drifted = broadcast_object_list([drifted])[0]
+            if not self.drifted:
+                self.keep_checkpoint(done)
+
+    def keep_checkpoint(self, done):
+        """Marks the checkpoint after `done` iterations as good, and writes it where it is not there."""
+        path = Path(self.run.args.output_dir, f"checkpoint-{done}")
+        if not path.is_dir():
+            save_checkpoint(done, self.run.args, self.run.accelerator)
+        if self.run.accelerator.is_main_process:
+            (path / GOOD).touch()
+
+    def finish(self):
+        """The run's last validation. Returns the run, cut off at the last good checkpoint where images have drifted.
+
+        Raises:
+            ADTError: where no checkpoint is good.
+        """
+        if not self.drifted:
+            self.log(self.run.args.max_train_steps)
+        if self.drifted:
+            good = last_good_checkpoint(self.run.args.output_dir)
+            if good is None:
+                raise ADTError(
+                    "The validation images drifted, as the warning says, and no earlier validation was good: nothing "
+                    "is saved but the checkpoints."
+                )
+            logger.warning(f"The run ends with {good}, the last before its validation images drifted.")
+            self.run.accelerator.load_state(str(good))
+            done = checkpoint_iteration(good)
+            self.run = replace(self.run, args=self.run.args.replace(max_train_steps=done))
+            self.log(done)
+        return self.run
 
     @torch.no_grad()
     def draw(self) -> list[list[Image.Image]]:

@@ -56,6 +56,7 @@ from adt_utils import (
     starting_latents,
     update_spectral_norm,
 )
+from adversary_utils import adversarial_weight, check_feature_network, make_adversary, score_gap
 from data_utils import (
     EmbeddingCache,
     check_used_images,
@@ -78,7 +79,6 @@ from output_utils import (
 from training_utils import (
     SAMPLERS,
     ADTError,
-    Adversary,
     Batch,
     Conditions,
     Family,
@@ -90,7 +90,6 @@ from training_utils import (
     add_schedule_arguments,
     add_text_encoder_arguments,
     adder,
-    check_feature_network,
     check_latents,
     check_lora,
     concatenate,
@@ -412,6 +411,7 @@ FAMILY = Family(
         **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
         "add_watermarker": False,
     },
+    encode_images=encode_images,
     decode_latents=decode_latents,
     inference_options=inference_options,
     card_tags=(
@@ -466,7 +466,8 @@ def train(generator, adversary, models, validation, run):
                 check_latents(batch.rollout.latents, f"at iteration {iteration + 1}")
                 batch.generated = decode_latents(models.vae, batch.rollout.latents)
             # 6. Update the discriminator.
-            values = {"start_index": start_index} | update_discriminator(batches, iteration, adversary, run)
+            values = update_discriminator(batches, iteration, adversary, run)
+            values |= {"start_index": start_index} | score_gap(values, start_index, num_steps)
             # 7. Update the generator.
             if updates_generator:
                 values |= update_generator(batches, start_index, iteration, generator, adversary, models, run)
@@ -479,6 +480,8 @@ def train(generator, adversary, models, validation, run):
             save_checkpoint(done, args, run.accelerator)
         if validation.is_due(done):
             validation.log(done)
+        if validation.drifted:
+            break
     progress.close()
 
 
@@ -494,10 +497,15 @@ def prepare_batch(examples, iteration, models, run) -> Batch:
     images = examples["pixel_values"].to(device)
     shape = (vae.config.latent_channels, *(side // vae_factor(vae.config) for side in images.shape[2:]))
     noise = draw(torch.randn, shape, "noise")
+    latents = encode_images(vae, images, draw(torch.randn, shape, "posterior"))
+    if args.adversarial and args.real_images == "reconstructed":
+        with torch.no_grad():
+            images = decode_latents(vae, latents)
     dropped = draw(torch.rand, (), "caption dropout") < args.proportion_empty_prompts
     return Batch(
+        captions=examples["captions"],
         images=images,
-        latents=encode_images(vae, images, draw(torch.randn, shape, "posterior")),
+        latents=latents,
         noise=noise,
         # The offset is the diffusion loss's alone: inference starts from noise without one.
         loss_noise=noise + args.noise_offset * draw(torch.randn, (shape[0], 1, 1), "noise offset"),
@@ -514,20 +522,28 @@ def prepare_batch(examples, iteration, models, run) -> Batch:
 def update_discriminator(batches, iteration, adversary, run) -> dict:
     """Step 6: one update with the generated images detached, then the twin heads follow.
 
-    Real and fake go through in two forwards, since one would mix their batch norm statistics, and each forward's
-    backward comes before the next forward, since data parallelism needs that.
+    Real, mismatched and fake pairs go through in forwards of their own, since one would mix their batch norm
+    statistics, and each forward's backward comes before the next forward, since data parallelism needs that.
     """
     discriminator, totals = adversary.discriminator, Totals(len(batches))
+    mismatched_weight, others = run.args.mismatched_pair_weight, None
     update_spectral_norm(discriminator.network)
+    references = [adversary.reference_features(batch, "real") for batch in batches]
+    if mismatched_weight > 0:
+        others = adversary.mismatched_references(batches, references)
     for n, batch in enumerate(batches):
-        for kind, images in (("real", batch.images), ("fake", batch.generated.detach())):
-            with torch.no_grad():
-                features = adversary.features(batch, images, kind)
-            if kind == "real" or adversary.pairing == "shared":  # else the fake image has the real one's
-                reference = adversary.reference_features(batch, kind)
+        with torch.no_grad():
+            real = adversary.features(batch, batch.images, "real")
+            fake = adversary.features(batch, batch.generated.detach(), "fake")
+        # The augmentation's draw may be shared by the two images of a pair; else the fake has the real's reference.
+        reference = adversary.reference_features(batch, "fake") if adversary.pairing == "shared" else references[n]
+        pairs = [("real", real, references[n], 1.0), ("fake", fake, reference, 1.0)]
+        if others is not None:
+            pairs.insert(1, ("mismatched", real, others[n], mismatched_weight))
+        for kind, features, reference, weight in pairs:
             with discriminator.synchronise_if(kind == "fake" and n == len(batches) - 1):
                 scores = discriminator.wrapped(features, reference)
-                loss = discriminator_loss(**{f"{kind}_scores": scores})
+                loss = weight * discriminator_loss(**{f"{kind}_scores": scores})
                 run.accelerator.backward(loss)
             totals.add_means(**{"discriminator_loss": loss, f"{kind}_score": scores.mean()})
     values = totals.reduce(run.accelerator, iteration)
@@ -564,11 +580,7 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
         generator.wrapped.eval()
 
     values = totals.reduce(accelerator, iteration)
-    weight = args.adversarial_loss_weight
-    if weight == "auto":
-        norm, target = values["adversarial_gradient_norm"], values["diffusion_gradient_norm"]
-        weight = args.adversarial_gradient_ratio * target / norm if norm > 0 else 0.0
-        values["adversarial_loss_weight"] = weight
+    weight = values["adversarial_loss_weight"] = adversarial_weight(values, start_index, args)
     passes = []
     for batch, gradients in zip(batches, vectors, strict=True):
         predict = make_predict(generator.wrapped, batch.conditions, call_network)
@@ -610,16 +622,16 @@ def tune(sampler, noise_scheduler, run):
         prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
     models = FrozenModels(load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)
     generator = prepare_generator(load_network(args, accelerator), run)
-    adversary = Adversary(run) if args.adversarial else None
+    adversary = make_adversary(models.vae, run)
     register_checkpoint_hooks(generator, run)
-    validation = Validation(generator, models, validation_conditions, run)
+    validation = Validation(generator, adversary, models, validation_conditions, run)
     load_checkpoint(run)
     train(generator, adversary, models, validation, run)
-    grids = validation.log(args.max_train_steps)
+    run = validation.finish()
     # The last that the processes do together: only the main one goes on, for as long as an upload takes.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_result(generator, models, grids, run)
+        save_result(generator, models, validation.grids, run)
 
 
 # Copied from train_adt_sd15.main

@@ -20,10 +20,9 @@ The sections can be read alone:
 - the run: `Family`, `Run`, `start_accelerator`, `Progress`, `end_run`;
 - frozen and trained networks: `load_vae`, `prepare_network`, `sample_posterior`, `decode_checkpointed`;
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
-- updates: `Totals`, `Trained`, `prepare_generator`;
-- the adversary: `check_feature_network`, `Adversary`.
+- updates: `Totals`, `Trained`, `prepare_generator`.
 
-`data_utils.py` and `output_utils.py` stand on this module, and the scripts on all three.
+`data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on this module, and the scripts on all four.
 """
 
 import argparse
@@ -54,17 +53,12 @@ from peft import LoraConfig
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
-from transformers import AutoConfig, Dinov2Model
 
 from adt_utils import (
     GRADIENT_PATHS,
     REFUSED_SAMPLERS,
     DiffAugment,
-    FeatureNetwork,
-    ProjectedDiscriminator,
-    SiameseDiscriminator,
     SimulatedInference,
-    largest_group,
 )
 
 
@@ -339,6 +333,10 @@ def add_discriminator_arguments(parser):
     add("--discriminator_ema_decay", type=share, default=0.99, help="Of the twin heads.")
     add("--discriminator_learning_rate", type=positive_float, help="The discriminator's.")
     add("--discriminator_lr_warmup_steps", type=non_negative_int, default=1000, help="In discriminator updates.")
+    add("--real_images", choices=["dataset", "reconstructed"], default="dataset",
+        help="What it calls real: the dataset's images, or what the VAE makes of them.")  # fmt: skip
+    add("--mismatched_pair_weight", type=non_negative_float, default=0.0,
+        help="Of real images against other captions' images as negatives of the siamese discriminator.")  # fmt: skip
     add("--augmentation_policy", nargs="*", choices=DiffAugment.POLICIES, default=list(DiffAugment.POLICIES),
         help="Differentiable augmentation; nothing behind the flag for none.")  # fmt: skip
     add("--augmentation_pairing", choices=["independent", "shared", "input"], default="independent",
@@ -354,6 +352,12 @@ def add_output_arguments(parser):
     add("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
     add("--num_validation_images", type=positive_int, default=4, help="Images for each of them.")
     add("--validation_steps", type=positive_int, default=1000, help="Iterations between validations.")
+    add("--drift_tolerance", type=share, default=0.5,
+        help="Warn of validation images that lost more of their likeness to the base's.")  # fmt: skip
+    add("--drift_clip_model_name_or_path", Nature.PRIVATE, default=None,
+        help="A CLIP model, for their likeness to their prompts as well.")  # fmt: skip
+    add("--stop_on_drift", action=BOOLEAN, default=False,
+        help="End with the last checkpoint before it instead; each validation then writes one.")  # fmt: skip
     add("--report_to", default="tensorboard", help="tensorboard, wandb, comet_ml, all or none.")
     add("--logging_dir", Nature.PRIVATE, default="logs", help="TensorBoard's folder in --output_dir.")
     add("--tracker_project_name", help="The tracker's project.")
@@ -424,6 +428,13 @@ def check_options(args, parser):
             f"--discriminator_norm_group {args.discriminator_norm_group} does not divide --train_batch_size "
             f"{args.train_batch_size}."
         )
+    num_prompts = len(args.validation_prompts or []) if args.adversarial else 0
+    if args.stop_on_drift and num_prompts * args.num_validation_images < 2:
+        parser.error("--stop_on_drift needs an adversary, --validation_prompts and at least two images of them.")
+    if args.drift_clip_model_name_or_path is not None and num_prompts < 2:
+        parser.error("--drift_clip_model_name_or_path needs an adversary and at least two --validation_prompts.")
+    if args.mismatched_pair_weight > 0 and args.discriminator_type == "projected":
+        parser.error("--mismatched_pair_weight needs a discriminator that sees the pair: projected ones do not.")
     if args.fuse_lora and not args.use_lora:
         parser.error("--fuse_lora needs --use_lora.")
     if args.lora_dropout > 0 and args.diffusion_loss_weight == 0 and args.adversarial:
@@ -504,6 +515,7 @@ class Family:
         pipeline_class, network_class: diffusers' classes; the network is what trains.
         network_name: the network in the pipeline: its attribute and its folder.
         without_text_encoders: what `pipeline_class` must be given to be made for embeddings alone.
+        encode_images: (vae, images, posterior_noise) to latents, as `x_0`.
         decode_latents: (vae, latents) to images (B, 3, H, W) in about [-1, 1].
         inference_options: (args) to what the pipeline is called with to sample as in training.
         card_tags: the model card's.
@@ -518,6 +530,7 @@ class Family:
     network_class: type
     network_name: str
     without_text_encoders: dict
+    encode_images: Callable
     decode_latents: Callable
     inference_options: Callable
     card_tags: tuple
@@ -810,6 +823,7 @@ class Conditions:
 class Batch:
     """A micro-batch of one process, after step 1; steps 4 and 5 add the last two."""
 
+    captions: list[str]
     images: torch.Tensor  # (B, 3, H, W) in [-1, 1]
     latents: torch.Tensor  # (B, C, h, w), `x_0`, as all that follows of this shape
     noise: torch.Tensor  # the rollout's `eps`
@@ -993,107 +1007,3 @@ def make_lr_scheduler(optimizer, num_warmup_steps, num_updates, args):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
-
-
-# The adversary
-
-
-# A cosine's range is 2, and so is the hinge's margin; scores this far apart leave the generator little to learn from.
-SATURATION_GAP, SATURATION_ITERATIONS = 1.8, 300
-
-
-def check_feature_network(args):
-    """Refuses, by its configuration, a feature network that the discriminator's options do not suit."""
-    if not args.adversarial:
-        return
-    path = args.discriminator_model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(path, cache_dir=args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise ADTError(f"--discriminator_model_name_or_path {path} is not readable: {error}") from error
-    try:
-        FeatureNetwork.check_config(config, args.discriminator_layers, args.discriminator_resolution)
-    except ValueError as error:
-        raise ADTError(str(error)) from error
-
-
-def norm_group(args) -> int:
-    """Images to a group of the discriminator's local batch norm."""
-    return args.discriminator_norm_group or largest_group(args.train_batch_size)
-
-
-def make_feature_network(args) -> FeatureNetwork:
-    """In float32: the gradient of a score with respect to a pixel is a small number."""
-    model = Dinov2Model.from_pretrained(args.discriminator_model_name_or_path, cache_dir=args.cache_dir)
-    return FeatureNetwork(model.float(), args.discriminator_layers, args.discriminator_resolution)
-
-
-def make_discriminator(channels, args) -> torch.nn.Module:
-    torch.manual_seed(args.seed)  # its first weights, the same on every process
-    if args.discriminator_type == "projected":
-        return ProjectedDiscriminator(channels, len(args.discriminator_layers), norm_group(args))
-    return SiameseDiscriminator(
-        channels,
-        len(args.discriminator_layers),
-        similarity=args.discriminator_similarity,
-        reduction=args.discriminator_reduction,
-        ema_decay=args.discriminator_ema_decay,
-        norm_group=norm_group(args),
-    )
-
-
-class Adversary:
-    """The discriminator, and what it sees images through."""
-
-    def __init__(self, run):
-        args = run.args
-        self.pairing = args.augmentation_pairing
-        self.feature_network = make_feature_network(args).to(run.accelerator.device)
-        self.augment = DiffAugment(args.augmentation_policy)
-        network = make_discriminator(self.feature_network.channels, args)
-        optimizer = make_optimizer(torch.optim.AdamW, network, args.discriminator_learning_rate, args)
-        lr_scheduler = make_lr_scheduler(optimizer, args.discriminator_lr_warmup_steps, args.max_train_steps, args)
-        self.discriminator = prepare_trained("discriminator", network, optimizer, lr_scheduler, run)
-        self.saturated_for, self.warned = 0, False
-
-    def features(self, batch, images, purpose):
-        """`F(T(images))`, for images that go with those of `batch`, by the augmentation drawn for `purpose`."""
-        return self.feature_network(self.augment(images, batch.augmentation[purpose]))
-
-    @torch.no_grad()
-    def reference_features(self, batch, scored_as):
-        """`F(T'(y))` for an image whose own augmentation is `scored_as`."""
-        if self.pairing == "input":
-            return self.feature_network(batch.images)
-        return self.features(batch, batch.images, scored_as if self.pairing == "shared" else "reference")
-
-    @contextlib.contextmanager
-    def frozen(self):
-        """A context with the discriminator to score with: the gradient goes to the images, its weights stay.
-
-        It is not the wrapped one, because data parallelism would wait for gradients of its parameters.
-        """
-        network = self.discriminator.network
-        trained = trainable_parameters(network)
-        network.requires_grad_(False)
-        try:
-            yield network
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def step(self, iteration):
-        """The discriminator's update; then its twin heads follow, where it has them."""
-        if self.discriminator.step(iteration) and isinstance(self.discriminator.network, SiameseDiscriminator):
-            self.discriminator.network.update_twin()
-
-    def warn_if_saturated(self, values):
-        """Once, after many iterations of `values` in which the scores of real and generated are far apart."""
-        gap = values["real_score"] - values["fake_score"]
-        self.saturated_for = self.saturated_for + 1 if gap > SATURATION_GAP else 0
-        if self.saturated_for >= SATURATION_ITERATIONS and not self.warned:
-            self.warned = True
-            logger.warning(
-                f"The discriminator is saturated: its scores for real and generated images have been {gap:.2f} "
-                f"apart for {SATURATION_ITERATIONS} iterations. Lower --discriminator_learning_rate."
-            )

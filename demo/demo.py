@@ -30,8 +30,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import make_image_grid
 from evaluator import load_evaluator
 from PIL import Image, ImageDraw
-from shapes import ATTRIBUTES, draw, write_imagefolder
+from shapes import ATTRIBUTES
 from torchmetrics.image.fid import FrechetInceptionDistance
+from worlds import draw, write_imagefolder
 
 
 DEMO = Path(__file__).resolve().parent

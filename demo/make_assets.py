@@ -14,6 +14,7 @@ It writes, under `--output_dir`:
 """
 
 import argparse
+import copy
 import time
 from pathlib import Path
 
@@ -31,9 +32,9 @@ from diffusers import (
 )
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
-from evaluator import CLASSES, Evaluator, load_evaluator
+from evaluator import DEMO_WORLDS, Evaluator, load_evaluator
 from safetensors.torch import save_file
-from shapes import ATTRIBUTES, DISTRIBUTIONS, RESOLUTION, draw
+from shapes import ATTRIBUTES, RESOLUTION
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -45,9 +46,11 @@ from transformers import (
     Dinov2Model,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from worlds import WORLDS, draw
 
 
-STAGES = ("vae", "unet", "evaluator", "dinov2")  # and sd3, where it is named
+STAGES = ("vae", "unet", "evaluator", "dinov2")  # and sd3 and worlds, where they are named
+LOOKS = tuple(world for world in WORLDS if world != "correlated")  # which looks like `shaded`
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -57,26 +60,27 @@ def parse_args():
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "assets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--only", nargs="*", choices=[*STAGES, "sd3"], default=STAGES, help="What to train; the VAE is first."
+        "--only", nargs="*", choices=[*STAGES, "sd3", "worlds"], default=STAGES, help="The VAE is first."
     )
     parser.add_argument("--vae_steps", type=int, default=1600)
     parser.add_argument("--unet_steps", type=int, default=2500)
     parser.add_argument("--evaluator_steps", type=int, default=1500)
     parser.add_argument("--dinov2_steps", type=int, default=1200)
     parser.add_argument("--sd3_steps", type=int, default=2500)
+    parser.add_argument("--worlds_steps", type=int, default=2000)
     return parser.parse_args()
 
 
-def load_images(distributions, count, seed):
-    """Float images `(N, 3, 32, 32)` in [0, 1], captions, and the class indices of each key of `CLASSES`, `(N,)`."""
-    images, captions, labels = [], [], {name: [] for name in CLASSES}
-    for distribution in distributions:
-        pixels, texts, attributes = draw(distribution, count, seed + DISTRIBUTIONS.index(distribution))
+def load_images(worlds, count, seed):
+    """Float images `(N, 3, 32, 32)` in [0, 1], captions, and the class indices that `Evaluator` tells, `(N,)` each."""
+    images, captions, labels = [], [], {name: [] for name in (*ATTRIBUTES, "style")}
+    for index, world in enumerate(worlds):
+        pixels, texts, attributes = draw(world, count, seed + index)
         images.append(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
         captions += texts
         for name in ATTRIBUTES:
             labels[name].append(torch.from_numpy(attributes[name]))
-        labels["style"].append(torch.full((count,), DISTRIBUTIONS.index(distribution)))
+        labels["style"].append(torch.full((count,), index))
     return torch.cat(images), captions, {name: torch.cat(values) for name, values in labels.items()}
 
 
@@ -105,7 +109,7 @@ def train(name, model, loss_function, num_items, steps, learning_rate, batch_siz
 
 
 def train_vae(output_dir, steps, seed):
-    images, _, _ = load_images(DISTRIBUTIONS, 10000, seed)
+    images, _, _ = load_images(DEMO_WORLDS, 10000, seed)
     images = 2 * images - 1
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64),
@@ -302,27 +306,50 @@ def augment(images):
     return images * contrast + brightness + 0.02 * torch.randn_like(images)
 
 
-def train_classifier(name, model, logits, steps, learning_rate, seed):
-    """Trains `model` so that `logits(images)`, a dict, tells the `CLASSES` apart, and prints how well it does."""
-    images, _, labels = load_images(DISTRIBUTIONS, 10000, seed)
+def train_classifier(name, model, logits, steps, learning_rate, seed, worlds=DEMO_WORLDS):
+    """Trains `model` so that `logits(images)`, a dict, tells what `load_images` labels, and prints how well."""
+    images, _, labels = load_images(worlds, 10000, seed)
 
     def loss_function(indices):
         predictions = logits(augment(images[indices]))
-        return sum(F.cross_entropy(predictions[key], labels[key][indices]) for key in CLASSES)
+        return sum(F.cross_entropy(predictions[key], labels[key][indices]) for key in predictions)
 
     train(name, model, loss_function, len(images), steps, learning_rate)
-    images, _, labels = load_images(DISTRIBUTIONS, 1000, seed + 10)
+    images, _, labels = load_images(worlds, 1000, seed + 10)
     with torch.no_grad():
         predictions = logits(images)
-    accuracies = {key: (predictions[key].argmax(1) == labels[key]).float().mean().item() for key in CLASSES}
+    accuracies = {key: (predictions[key].argmax(1) == labels[key]).float().mean().item() for key in predictions}
     print(f"{name}: accuracy on new images", {key: round(value, 3) for key, value in accuracies.items()}, flush=True)
 
 
-def train_evaluator(output_dir, steps, seed):
-    evaluator = Evaluator()
-    train_classifier("evaluator", evaluator, evaluator.logits, steps, 2e-3, seed)
+def train_evaluator(output_dir, steps, seed, worlds=DEMO_WORLDS):
+    evaluator = Evaluator(worlds)
+    train_classifier("evaluator", evaluator, evaluator.logits, steps, 2e-3, seed, worlds)
     (output_dir / "evaluator").mkdir(parents=True, exist_ok=True)
     save_file(evaluator.half().state_dict(), output_dir / "evaluator" / "model.safetensors")
+
+
+def train_worlds(output_dir, steps, seed):
+    """What `reproduce.py` needs beside: an evaluator of all looks, and the pipeline with a VAE that can draw them.
+
+    That VAE goes on from the demo's. Its latents of `flat` are held to what they were, so that the UNet, which has
+    seen no others, still fits.
+    """
+    train_evaluator(output_dir / "worlds", steps, seed, LOOKS)
+    pipeline = StableDiffusionPipeline.from_pretrained(output_dir / "pipeline")
+    vae, original = pipeline.vae, copy.deepcopy(pipeline.vae).requires_grad_(False)
+    images = 2 * load_images(LOOKS, 6000, seed)[0] - 1
+
+    def loss_function(indices):
+        batch = images[torch.cat([indices, torch.randint(6000, (8,))])]  # the first 6000 are `flat`
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        held = F.mse_loss(posterior.mean[-8:], original.encode(batch[-8:]).latent_dist.mean)
+        return F.l1_loss(decoded, batch) + F.mse_loss(decoded, batch) + 5e-6 * posterior.kl().mean() + 0.1 * held
+
+    train("vae of all worlds", vae, loss_function, len(images), steps, learning_rate=1e-3, batch_size=32)
+    vae.register_to_config(_name_or_path="")
+    pipeline.save_pretrained(output_dir / "worlds" / "pipeline")
 
 
 def train_dinov2(output_dir, steps, seed):
@@ -336,7 +363,8 @@ def train_dinov2(output_dir, steps, seed):
             mlp_ratio=2,
         )
     )
-    heads = nn.ModuleDict({key: nn.Linear(2 * 96, len(values)) for key, values in CLASSES.items()})
+    classes = {**ATTRIBUTES, "style": DEMO_WORLDS}
+    heads = nn.ModuleDict({key: nn.Linear(2 * 96, len(values)) for key, values in classes.items()})
 
     def logits(images):
         tokens = backbone((images - IMAGENET_MEAN) / IMAGENET_STD).last_hidden_state
@@ -356,7 +384,7 @@ def measure(output_dir, seed, count=1000):
     # `clip_sample` would clip the latents' prediction to [-1, 1]; it is on by default and has no meaning here.
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     evaluator = load_evaluator(output_dir / "evaluator" / "model.safetensors")
-    real, captions, labels = load_images(DISTRIBUTIONS, count, seed)
+    real, captions, labels = load_images(DEMO_WORLDS, count, seed)
     flat, shaded = real.split(count)
 
     def decode(images):
@@ -374,7 +402,7 @@ def measure(output_dir, seed, count=1000):
     batches = [captions[i : i + 100] for i in range(0, count, 100)]
     samples = torch.cat([pipeline(batch, **sampling, output_type="pt").images for batch in batches])
     predictions = {key: logits.argmax(1) for key, logits in evaluator.logits(samples).items()}
-    followed = {key: (predictions[key] == labels[key][:count]).float().mean().item() for key in CLASSES}
+    followed = {key: (predictions[key] == labels[key][:count]).float().mean().item() for key in predictions}
     decoded_flat, decoded_shaded = decode(flat), decode(shaded)
     print("VAE, mean absolute error in [0, 1]:")
     print(f"  flat {(decoded_flat - flat).abs().mean():.4f}, shaded {(decoded_shaded - shaded).abs().mean():.4f}")
@@ -391,7 +419,7 @@ def measure(output_dir, seed, count=1000):
 def main():
     args = parse_args()
     trainers = {"vae": train_vae, "unet": train_unet, "evaluator": train_evaluator, "dinov2": train_dinov2}
-    trainers["sd3"] = train_sd3
+    trainers |= {"sd3": train_sd3, "worlds": train_worlds}
     for index, (stage, trainer) in enumerate(trainers.items()):
         if stage in args.only:
             seed = 1000 * args.seed + 100 * index

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from evaluator import load_evaluator
 from PIL import Image
-from shapes import ATTRIBUTES, draw, write_imagefolder
+from shapes import ATTRIBUTES
 from torch import nn
+from worlds import draw, write_imagefolder
 
 from demo import ADVERSARIAL, DEMO, FINE_TUNING, tune
 

@@ -16,6 +16,7 @@ import scipy.linalg
 import tiny
 import torch
 from conftest import reset_accelerate
+from diffusers import AutoencoderKL
 from helpers import run_two_processes
 from PIL import Image, ImageFilter
 from prdc import compute_prdc
@@ -233,17 +234,113 @@ def test_killed_evaluation_keeps_its_images(run, options, tmp_path, sd15_path):
 
 
 def test_two_processes_give_the_same_report(run, options, tmp_path):
-    one = run("--batch_size", 3)
+    one = run("--batch_size", 3, "--vae_floor")
     shutil.move(tmp_path / "report", tmp_path / "one")
-    run_two_processes(evaluation.__file__, *options("--batch_size", 3))
+    run_two_processes(evaluation.__file__, *options("--batch_size", 3, "--vae_floor"))
     two = json.loads((tmp_path / "report" / "report.json").read_text())
     for file in (tmp_path / "one" / "images").rglob("0*.png"):
         assert file.read_bytes() == (tmp_path / "report" / file.relative_to(tmp_path / "one")).read_bytes()
-    for first, second in zip(one["runs"], two["runs"], strict=True):
+    assert len(one["floors"]) == 2
+    for first, second in zip(one["runs"] + one["floors"], two["runs"] + two["floors"], strict=True):
         for name, values in first["metrics"].items():
             # Ten images leave the covariances singular: what a distance's rounding then is, the BLAS's threads decide.
             assert second["metrics"][name]["value"] == pytest.approx(values["value"], rel=1e-5, abs=1e-6), name
     assert two["win_rates"] == one["win_rates"]
+
+
+# The floor of a VAE
+
+
+@pytest.fixture
+def reconstructed(monkeypatch):
+    """The indices of the real images that went through a VAE, as a list that grows."""
+    indices, original = [], evaluation.reconstruct
+    monkeypatch.setattr(evaluation, "reconstruct", lambda *key: indices.extend(key[-1]) or original(*key))
+    return indices
+
+
+def by_hand(pipeline_path, pictures):
+    """What the saved pipeline's VAE gives back of PIL images, one by one, with the scaling that latents have."""
+    vae, images = AutoencoderKL.from_pretrained(pipeline_path, subfolder="vae"), []
+    for picture in pictures:
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+        with torch.no_grad():
+            latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+            decoded = vae.decode(latents / vae.config.scaling_factor).sample[0]
+        values = ((decoded + 1) * 127.5).clamp(0, 255).round().permute(1, 2, 0)
+        images.append(Image.fromarray(values.byte().numpy()))
+    return images
+
+
+def test_each_vae_has_one_floor(run, options, tmp_path, sd15_path, sdxl_path, pictures, reconstructed):
+    shutil.copytree(sd15_path, tmp_path / "copy")
+    file = tmp_path / "copy" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"scaling_factor": 0.5}))
+    pipelines = ("--pipelines", f"one={sd15_path}", f"other={sdxl_path}", f"copy={tmp_path / 'copy'}")
+    report = run(*pipelines, "--sampler", "ddim:2", "dpmsolver++:2", "--num_images", 6, "--vae_floor")
+    floors = report["floors"]
+    assert [(floor["name"], floor["pipelines"]) for floor in floors] == [
+        ("one (VAE floor)", ["one", "copy"]), ("other (VAE floor)", ["other"])
+    ]  # fmt: skip
+    assert reconstructed == [*range(6), *range(6)]  # not for each sampler, nor for the copy
+    args = evaluation.parse_args(options())
+    networks = {"dinov2": metrics.DINOv2Features(args).eval()}
+    reference = metrics.reference_features(pictures[:6], networks, args)
+    for floor, path in zip(floors, (sd15_path, sdxl_path), strict=True):
+        expected = by_hand(path, pictures[:6])
+        for index, image in enumerate(expected):
+            with Image.open(tmp_path / "report" / floor["images"]["test"] / f"{index:06d}.png") as saved:
+                difference = np.array(saved).astype(int) - np.array(image)
+            assert np.abs(difference).max() <= 1 and np.abs(difference).mean() < 0.01  # but for rounding
+        chosen = ["fdd", "precision_recall", "sharpness"]
+        measured = metrics.measure(expected, [], chosen, reference, networks, args)
+        for name, result in measured.items():
+            assert floor["metrics"][name]["value"] == pytest.approx(result["value"], rel=1e-3), name
+        assert len(floor["metrics"]["clip"]["scores"]) == 6
+    values = {entry["metrics"]["fdd"]["value"] for entry in floors}
+    assert len(values) == 2 and values.isdisjoint(entry["metrics"]["fdd"]["value"] for entry in report["runs"])
+    assert {name for win in report["win_rates"] for name in (win["first"], win["second"])} == {"one", "other", "copy"}
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.count("| one (VAE floor) | – | – | – |") == 1
+
+
+def test_a_floor_can_be_added_and_grow(run, tmp_path, sd15_path, test_set_path, reconstructed):
+    shutil.copytree(Path(test_set_path).parent, tmp_path / "data")
+    only = ("--pipelines", f"one={sd15_path}", "--metrics", "sharpness", "--dataset_name", tmp_path / "data")
+    without = run(*only)
+    assert without["floors"] == [] and not (tmp_path / "report" / "images" / "vae_floor").exists()
+    drawn = {file: file.stat().st_mtime_ns for file in (tmp_path / "report" / "images").rglob("0*.png")}
+    first = run(*only, "--vae_floor", "--num_images", 6)
+    assert reconstructed == list(range(6))
+    [floor] = first["floors"]
+    directory = tmp_path / "report" / floor["images"]["test"]
+    before = {file: file.stat().st_mtime_ns for file in directory.glob("0*.png")}
+    (directory / "000003.png").unlink()  # as if the evaluation had been stopped
+    report = run(*only, "--vae_floor")
+    assert reconstructed == [*range(6), 3, 6, 7, 8, 9] and report["floors"][0]["metrics"]["sharpness"]["n"] == 10
+    del before[directory / "000003.png"]
+    assert all(file.stat().st_mtime_ns == time for file, time in (drawn | before).items())
+    assert evaluate_report.report_id(report) == evaluate_report.report_id(without)
+    settings = json.loads((directory / "settings.json").read_text())
+    assert (settings["vae"], settings["resolution"], len(settings["originals"])) == (floor["vae"], 16, 10)
+    # Another picture with the caption of the one before it.
+    shutil.copy(tmp_path / "data" / "test" / "001.png", tmp_path / "data" / "test" / "002.png")
+    with pytest.raises(evaluation.EvaluationError, match="images of other settings: original of image 2 '.*' .now '"):
+        run(*only, "--vae_floor")
+
+
+def test_a_floor_needs_real_images_and_an_autoencoder(run, sd15_path, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        evaluation.parse_args(["--pipelines", "a=b", "--quality_prompts", "c", "--metrics", "clip", "--vae_floor"])
+    assert "--vae_floor takes real images: name --dataset_name." in capsys.readouterr().err
+    for name in ("load_reference", "generate"):
+        monkeypatch.setattr(evaluation, name, None)
+    shutil.copytree(sd15_path, tmp_path / "other")
+    file = tmp_path / "other" / "model_index.json"
+    for vae in (["diffusers", "AutoencoderTiny"], [None, None]):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"vae": vae}))
+        with pytest.raises(evaluation.EvaluationError, match="--vae_floor: the pipeline bad has no AutoencoderKL"):
+            run("--pipelines", f"good={sd15_path}", f"bad={tmp_path / 'other'}", "--vae_floor")
 
 
 def test_options_reach_what_they_name(run, options, tmp_path, sd15_path, test_set_path, monkeypatch):
@@ -715,9 +812,12 @@ def test_quality_prompts(run, options, tmp_path, sd15_path, clip_path, capsys):
         "--pipelines", f"one={sd15_path}", "--quality_prompts", *files, "--metrics", "aesthetic", "clip", "sharpness",
         "--aesthetic_weights", tmp_path / "aesthetic.pth", "--aesthetic_clip_model_name_or_path", clip_path,
     )  # fmt: skip
-    report = run(*chosen)
+    report = run(*chosen, "--vae_floor")
     found = {name: (values["prompts"], values["n"]) for name, values in report["runs"][0]["metrics"].items()}
     assert found == {"aesthetic": ("quality", 5), "clip": ("test", 10), "sharpness": ("test", 10)}
+    assert report["floors"][0]["metrics"].keys() == {"clip", "sharpness"}  # there are no real images of the others
+    with pytest.raises(evaluation.EvaluationError, match="--vae_floor: the metrics are all of --quality_prompts"):
+        run(*chosen, "--vae_floor", "--metrics", "aesthetic")
     assert "real images" in report["runs"][0]["metrics"]["sharpness"]
 
     # Without a dataset they serve every metric that needs no real images.
@@ -784,10 +884,12 @@ def test_a_runs_checkpoints(run, tune, tmp_path, sd15_path, more):
     final = f"base={sd15_path}", f"final={sd15_path if lora else output}"
     adapters = ("--lora", f"final={output}") if lora else ()
     only = ("--metrics", "sharpness", "--sampler", "ddim:2", "--num_images", 3)
-    report = run("--pipelines", *final, *adapters, "--checkpoints", f"run={output}", *only)
+    report = run("--pipelines", *final, *adapters, "--checkpoints", f"run={output}", *only, "--vae_floor")
     facts = [(entry["name"], entry["run"], entry["iteration"]) for entry in report["pipelines"]]
     assert facts == [("base", None, None), ("final", None, None), ("run@2", "run", 2), ("run@4", "run", 4)]
     assert report["pipelines"][1]["training"]["iterations"] == 4 and report["pipelines"][0]["training"] is None
+    [floor] = report["floors"]  # training leaves the VAE as it is
+    assert (floor["name"], floor["pipelines"]) == ("VAE floor", ["base", "final", "run@2", "run@4"])
     values = {result["pipeline"]: result["metrics"]["sharpness"]["scores"] for result in report["runs"]}
     assert values["run@4"] == values["final"]  # the averaged weights, where there are any
     assert values["run@2"] != values["final"] and values["run@2"] != values["base"]

@@ -82,13 +82,21 @@ def make_report(pipelines, settings=(("ddim", 50, 7.0),), sets=("test", "quality
         "quality_prompts": "hps", "num_quality_prompts": 3, "resolution": 16, "seed": 0, "dtype": "float32",
         "num_bootstrap": 100,
     }  # fmt: skip
-    return {"settings": settings, "pipelines": pipelines, "runs": runs, "warnings": []}
+    return {"settings": settings, "pipelines": pipelines, "runs": runs, "floors": [], "warnings": []}
+
+
+def make_floor(name, pipelines, value):
+    """Of the metrics, `sharpness` is missing, as if it were of other prompts."""
+    result = {"value": value, "interval": [value - 1, value + 1], "n": 5, "prompts": "test"}
+    metrics = {"fdd": result, "recall": result | {"interval": None}, "clip": result | {"scores": [90.0] * 4}}
+    images = {"test": f"images/vae_floor/{value}"}
+    return {"name": name, "pipelines": pipelines, "vae": f"{value}", "images": images, "metrics": metrics}
 
 
 def make_images(report, folder, size=16):
     """Noise, other in each file."""
     generator = np.random.default_rng(0)
-    for run in report["runs"]:
+    for run in report["runs"] + report["floors"]:
         for name, images in run["images"].items():
             (folder / images).mkdir(parents=True)
             for index in range(len(PROMPTS[name])):
@@ -306,6 +314,50 @@ def test_training_settings(write):
     assert "| low | ddim, 50 steps, guidance 1 | adversarial" in markdown
 
 
+def test_floors_are_in_the_tables_and_compared_with_nothing(tmp_path):
+    settings = [("ddim", 50, 7.0), ("ddim", 50, 1.0), ("euler", 30, 7.0)]
+    pipelines = [
+        pipeline("base"),
+        pipeline("low", trained(diffusion_loss_weight=0.1)),
+        pipeline("high", trained(diffusion_loss_weight=2.0)),
+    ]
+    without, report = make_report(pipelines, settings), make_report(pipelines, settings)
+    report["floors"] = [make_floor("base (VAE floor)", ["base"], 3.5), make_floor("VAE floor", ["low", "high"], 99)]
+
+    def tables(report):
+        made = [reporting.main_table(report, METRICS), *reporting.transfer_tables(report, METRICS)]
+        made += [*reporting.training_tables(report, METRICS), *reporting.about_tables(report, METRICS)]
+        return {table.title: reporting.markdown_table(table).splitlines() for table in made}
+
+    found, plain = tables(report), tables(without)
+    # A row each, the last ones: their fdd and clip are the best and the worst of all, and get and take no mark.
+    *rows, first, second, _, note = found["Results"]
+    assert first == "| base (VAE floor) | – | – | – | 3.5 (2.5 to 4.5) | 3.5 | 3.5 (2.5 to 4.5) | – |"
+    assert second == "| VAE floor | – | – | – | 99 (98 to 100) | 99 | 99 (98 to 100) | – |"
+    assert rows == plain["Results"][:-2] and "encoded and decoded" in note and "VAE" not in plain["Results"][-1]
+    title = "Sampler transfer: fdd ↓, guidance 7"
+    assert found[title][:-2] == plain[title]
+    assert found[title][-1] == "| VAE floor | – | 99 (98 to 100) | 99 (98 to 100) |"
+    # Base is not trained, so that its VAE is of no interest there.
+    *rows, row, _, _ = found["Training settings"]
+    assert row == "| VAE floor | – | – | – | – | 99 (98 to 100) | 99 | 99 (98 to 100) | – |"
+    assert rows == plain["Training settings"][:-2]
+    assert found["Pipelines"][4].endswith("| – | base (VAE floor) |") and found["Pipelines"][5].endswith(
+        "| VAE floor |"
+    )
+
+    assert reporting.win_rates(report, METRICS) == reporting.win_rates(without, METRICS)
+    assert reporting.report_id(report) == reporting.report_id(without)  # votes on the images stay valid
+    (tmp_path / "README.md").write_text(CARD)
+    reporting.update_model_card(report, METRICS, "high", tmp_path)
+    card = (tmp_path / "README.md").read_bytes()
+    reporting.update_model_card(without, METRICS, "high", tmp_path)
+    assert card == (tmp_path / "README.md").read_bytes() and b"VAE" not in card
+    # One floor in all needs no column that says whose it is.
+    report["floors"] = [make_floor("VAE floor", ["base", "low", "high"], 3.5)]
+    assert tables(report)["Pipelines"] == plain["Pipelines"]
+
+
 # Plots
 
 
@@ -372,6 +424,35 @@ def test_iteration_plot():
     assert line.get_color() == adt.get_color() != base.get_color()  # the run, and what it ended with
     assert len(figure.axes[1].get_lines()) == 2
     assert [entry.get_text() for entry in figure.legends[0].get_texts()] == ["adt", "base", "adt"]
+
+
+def test_floors_are_levels_of_the_plots():
+    pipelines = [
+        pipeline("base"),
+        pipeline("low", trained(diffusion_loss_weight=0.1)),
+        pipeline("high", trained(diffusion_loss_weight=2.0)),
+        pipeline("high@2", run="high", iteration=2),
+        pipeline("high@4", run="high", iteration=4),
+    ]
+    report = make_report(pipelines, [("ddim", 50, 7.0), ("ddim", 50, 1.0), ("ddim", 20, 7.0)])
+    report["floors"] = [
+        make_floor("base (VAE floor)", ["base"], 3.5),
+        make_floor("low (VAE floor)", ["low", "high", "high@2", "high@4"], 99),
+    ]
+    sweeps = {sweep.name: sweep for sweep in reporting.find_sweeps(report)}
+    expected = {
+        "guidance-ddim-50": [3.5, 99], "steps-ddim-guidance-7": [3.5, 99], "iteration-ddim-50-guidance-7": [3.5, 99],
+        "diffusion_loss_weight-ddim-50-guidance-7": [99],  # the plot does not have base
+    }  # fmt: skip
+    for name, values in expected.items():
+        figure = reporting.draw_sweep(sweeps[name], METRICS)
+        lines = figure.axes[0].get_lines()[-len(values) :]
+        assert [(set(line.get_ydata()), line.get_linestyle()) for line in lines] == [({y}, "--") for y in values]
+        levels = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == "--"]
+        assert len(levels) == len(values) + 3 * name.startswith("iteration")
+        assert not any(line.get_ydata()[0] in values for line in figure.axes[3].get_lines())  # no sharpness
+        names = [entry.get_text() for entry in figure.legends[0].get_texts()]
+        assert names[-len(values) :] == ["base (VAE floor)", "low (VAE floor)"][-len(values) :]
 
 
 def test_no_plots_without_a_sweep(write, tmp_path):
@@ -490,6 +571,7 @@ def page(tmp_path_factory):
     """(folder, report) with a gallery of four prompts of each set."""
     folder = tmp_path_factory.mktemp("page")
     report = make_report(PIPELINES, SETTINGS)
+    report["floors"] = [make_floor("VAE floor", [entry["name"] for entry in PIPELINES], 3.5)]
     make_images(report, folder)
     reporting.write_report(report, METRICS, PROMPTS, real_image, folder, 4, [])
     return folder, report
@@ -572,24 +654,25 @@ def test_gallery_shows_each_prompts_images(browser, page):
         "0: a red disc", "1: </script><b>two", "2: (empty prompt)", "3: four discs"
     ]  # fmt: skip
     for index, (_, images) in enumerate(rows):
-        assert [name for name, _ in images] == ["real image", "base", "tuned", "tuned@2"]
-        expected = [saved_pixels(folder, name, index) for name in ("base", "tuned", "tuned@2")]
+        assert [name for name, _ in images] == ["real image", "VAE floor", "base", "tuned", "tuned@2"]
+        expected = [saved_pixels(folder, "vae_floor", index, "3.5")]
+        expected += [saved_pixels(folder, name, index) for name in ("base", "tuned", "tuned@2")]
         assert [pixels for _, pixels in images] == [real_image(index).tobytes(), *expected]
     image = browser.find_element(By.CSS_SELECTOR, ".row img")
     WebDriverWait(browser, 5).until(lambda _: image.get_dom_attribute("class") == "pixelated")
     assert image.size["width"] > 100
 
     choose(browser, "setting", "euler, 30 steps, guidance 1.5")
-    assert gallery(browser)[3][1][2] == ("tuned", saved_pixels(folder, "tuned", 3, "euler-30-guidance-1.5"))
+    assert gallery(browser)[3][1][3] == ("tuned", saved_pixels(folder, "tuned", 3, "euler-30-guidance-1.5"))
     choose(browser, "set", "quality prompts")
     rows = gallery(browser)
     assert [title for title, _ in rows] == ["0: a lighthouse", "1: an old sailor", "2: rain"]
     expected = saved_pixels(folder, "base", 2, "euler-30-guidance-1.5-quality")
-    assert rows[2][1][0] == ("base", expected)  # no real image
-    # Each image is in the file once: 2 settings, 3 pipelines, 4 + 3 prompts, and 4 real ones.
+    assert rows[2][1][0] == ("base", expected)  # no real image, and no floor
+    # Each image is in the file once: 2 settings, 3 pipelines, 4 + 3 prompts, and 4 real ones with the VAE's.
     text = (folder / "report.html").read_text()
     uris = re.findall(r'"(data:image/png;base64,[^"]+)"', text.split('id="data">')[1])
-    assert len(uris) == len(set(uris)) == 2 * 3 * (4 + 3) + 4
+    assert len(uris) == len(set(uris)) == 2 * 3 * (4 + 3) + 4 + 4
 
 
 def current_pair(browser, page, images="ddim-50-guidance-7"):

@@ -1,0 +1,346 @@
+# Copyright 2026 The ADT training example authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The adversary of a run: its discriminator, what it sees images through, and what it says about a run.
+
+- `check_feature_network`, `norm_group`: what is known before a model is loaded;
+- `make_adversary`, `Adversary`: features, references, the discriminator's update;
+- `adversarial_weight`: the balance of the generator's two losses;
+- `score_gap`, `reconstruction_difference`: what shows by what the discriminator tells real from generated;
+- `DriftGuard`: whether validation images still show what they should.
+
+It stands on `adt_utils.py`, where the discriminators are, on `training_utils.py` and on `data_utils.py`.
+"""
+
+import contextlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from transformers import AutoConfig, CLIPModel, CLIPProcessor, Dinov2Model
+
+from adt_utils import (
+    DiffAugment,
+    FeatureNetwork,
+    ProjectedDiscriminator,
+    SiameseDiscriminator,
+    largest_group,
+    mismatched_partners,
+)
+from data_utils import GlobalBatchSampler, ImageCaptionDataset
+from training_utils import (
+    ADTError,
+    make_lr_scheduler,
+    make_optimizer,
+    prepare_trained,
+    trainable_parameters,
+    vae_factor,
+)
+
+
+logger = get_logger(__name__)
+
+
+# A cosine's range is 2, and so is the hinge's margin; scores this far apart leave the generator little to learn from.
+SATURATION_GAP, SATURATION_ITERATIONS = 1.8, 300
+
+
+def check_feature_network(args):
+    """Refuses, by their configurations, a feature network and a CLIP model that do not suit their options."""
+    if not args.adversarial:
+        return
+    path = args.discriminator_model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ADTError(f"--discriminator_model_name_or_path {path} is not readable: {error}") from error
+    try:
+        FeatureNetwork.check_config(config, args.discriminator_layers, args.discriminator_resolution)
+    except ValueError as error:
+        raise ADTError(str(error)) from error
+    path = args.drift_clip_model_name_or_path
+    if path is None:
+        return
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise ADTError(f"--drift_clip_model_name_or_path {path} is not readable: {error}") from error
+    if config.model_type != "clip":
+        raise ADTError(f"--drift_clip_model_name_or_path {path} is a '{config.model_type}', not a CLIP model.")
+
+
+def norm_group(args) -> int:
+    """Images to a group of the discriminator's local batch norm."""
+    return args.discriminator_norm_group or largest_group(args.train_batch_size)
+
+
+def make_feature_network(args) -> FeatureNetwork:
+    """In float32: the gradient of a score with respect to a pixel is a small number."""
+    model = Dinov2Model.from_pretrained(args.discriminator_model_name_or_path, cache_dir=args.cache_dir)
+    return FeatureNetwork(model.float(), args.discriminator_layers, args.discriminator_resolution)
+
+
+def make_discriminator(channels, args) -> torch.nn.Module:
+    torch.manual_seed(args.seed)  # its first weights, the same on every process
+    if args.discriminator_type == "projected":
+        return ProjectedDiscriminator(channels, len(args.discriminator_layers), norm_group(args))
+    return SiameseDiscriminator(
+        channels,
+        len(args.discriminator_layers),
+        similarity=args.discriminator_similarity,
+        reduction=args.discriminator_reduction,
+        ema_decay=args.discriminator_ema_decay,
+        norm_group=norm_group(args),
+    )
+
+
+def make_adversary(vae, run):
+    """The run's adversary, unless it is plain fine-tuning; says what of its data the generator cannot reach."""
+    if not run.args.adversarial:
+        return None
+    adversary = Adversary(run)
+    if run.accelerator.is_main_process and run.args.real_images == "dataset" and len(run.dataset) > 1:
+        difference = reconstruction_difference(adversary.feature_network, vae, run)
+        logger.info(
+            f"In the discriminator's features your images differ from their reconstructions by the VAE by "
+            f"{difference:.0%} of what they differ from each other: the generator can not remove that. See "
+            "score_gap_late for whether the discriminator wins by it, and --real_images reconstructed."
+        )
+    return adversary
+
+
+class Adversary:
+    """The discriminator, and what it sees images through."""
+
+    def __init__(self, run):
+        args = run.args
+        self.pairing = args.augmentation_pairing
+        self.feature_network = make_feature_network(args).to(run.accelerator.device)
+        self.augment = DiffAugment(args.augmentation_policy)
+        network = make_discriminator(self.feature_network.channels, args)
+        optimizer = make_optimizer(torch.optim.AdamW, network, args.discriminator_learning_rate, args)
+        lr_scheduler = make_lr_scheduler(optimizer, args.discriminator_lr_warmup_steps, args.max_train_steps, args)
+        self.discriminator = prepare_trained("discriminator", network, optimizer, lr_scheduler, run)
+        self.saturated_for, self.warned = 0, False
+
+    def features(self, batch, images, purpose):
+        """`F(T(images))`, for images that go with those of `batch`, by the augmentation drawn for `purpose`."""
+        return self.feature_network(self.augment(images, batch.augmentation[purpose]))
+
+    @torch.no_grad()
+    def reference_features(self, batch, scored_as):
+        """`F(T'(y))` for an image whose own augmentation is `scored_as`."""
+        if self.pairing == "input":
+            return self.feature_network(batch.images)
+        return self.features(batch, batch.images, scored_as if self.pairing == "shared" else "reference")
+
+    def mismatched_references(self, batches, references):
+        """For each image the reference features of another, of another caption: `mismatched_partners`' choice.
+
+        It is made in the global batch, since a micro-batch may hold one image only, and so that processes and
+        micro-batches can stand for each other.
+
+        Args:
+            references: each micro-batch's `reference_features`.
+
+        Returns:
+            as `references`; None where all captions of the global batch are equal.
+        """
+        accelerator = self.discriminator.run.accelerator
+        of_process = gather_object([[batch.captions for batch in batches]])
+        partners = mismatched_partners([text for micro in zip(*of_process) for part in micro for text in part])
+        if partners is None:
+            return None
+        shape = (len(batches), accelerator.num_processes, len(batches[0].captions))
+        own = torch.tensor(partners, device=accelerator.device).view(shape)[:, accelerator.process_index]
+        found = []
+        for layer in zip(*references):  # a layer's features in each micro-batch, (B, C, L)
+            everywhere = accelerator.gather(torch.stack(layer)).unflatten(0, (-1, len(batches)))
+            everywhere = everywhere.transpose(0, 1).flatten(0, 2)  # by position in the global batch
+            found.append([everywhere[rows] for rows in own])
+        return [list(features) for features in zip(*found)]
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """A context with the discriminator to score with: the gradient goes to the images, its weights stay.
+
+        It is not the wrapped one, because data parallelism would wait for gradients of its parameters.
+        """
+        network = self.discriminator.network
+        trained = trainable_parameters(network)
+        network.requires_grad_(False)
+        try:
+            yield network
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def step(self, iteration):
+        """The discriminator's update; then its twin heads follow, where it has them."""
+        if self.discriminator.step(iteration) and isinstance(self.discriminator.network, SiameseDiscriminator):
+            self.discriminator.network.update_twin()
+
+    def warn_if_saturated(self, values):
+        """Once, after many iterations of `values` in which the scores of real and generated are far apart."""
+        gap = values["real_score"] - values["fake_score"]
+        self.saturated_for = self.saturated_for + 1 if gap > SATURATION_GAP else 0
+        if self.saturated_for >= SATURATION_ITERATIONS and not self.warned:
+            self.warned = True
+            logger.warning(
+                f"The discriminator is saturated: its scores for real and generated images have been {gap:.2f} "
+                f"apart for {SATURATION_ITERATIONS} iterations. Lower --discriminator_learning_rate."
+            )
+
+
+# The balance of the losses, and what the discriminator tells apart
+
+
+def adversarial_weight(values, start_index, args) -> float:
+    """The adversarial loss's weight: the option's, or what balances the gradients at the predictions.
+
+    Args:
+        values: the update's, with the two norms.
+    """
+    if args.adversarial_loss_weight != "auto":
+        return args.adversarial_loss_weight
+    norm = values["adversarial_gradient_norm"]
+    return args.adversarial_gradient_ratio * values["diffusion_gradient_norm"] / norm if norm > 0 else 0.0
+
+
+PATH_THIRDS = ("early", "middle", "late")
+
+
+def path_third(start_index, num_inference_steps) -> str:
+    """Where on the sampler's path an inference starts: early, from much noise, to late, from little."""
+    return PATH_THIRDS[len(PATH_THIRDS) * start_index // num_inference_steps]
+
+
+def score_gap(values, start_index, num_inference_steps) -> dict:
+    """By how much the scores of real and generated images part, under the name of the third of the path.
+
+    After a late start a generated image is little else than what the VAE makes of the real one, so that a gap there
+    is one that no update of the generator closes.
+    """
+    name = f"score_gap_{path_third(start_index, num_inference_steps)}"
+    return {name: values["real_score"] - values["fake_score"]}
+
+
+@torch.no_grad()
+def reconstruction_difference(feature_network, vae, run, count=16) -> float:
+    """By how much images differ from what the VAE makes of them, over how much they differ from each other.
+
+    Args:
+        count: images of the run's beginning, of which two at least are needed.
+
+    Returns:
+        the ratio of the root mean squares over images and positions of the features' differences, averaged over the
+        layers; 0 for a perfect VAE.
+    """
+    args, device = run.args, run.accelerator.device
+    dataset, order = ImageCaptionDataset(run.dataset, args), GlobalBatchSampler(len(run.dataset), args)
+    side = args.resolution // vae_factor(vae.config)
+    no_noise = torch.zeros(1, vae.config.latent_channels, side, side, device=device)
+    count = min(count, len(run.dataset))
+    to_itself, to_another, previous = 0.0, 0.0, None
+    for position in range(count):
+        image = dataset[order.dataset_index(position), 0, position]["pixel_values"][None].to(device)
+        reconstruction = run.family.decode_latents(vae, run.family.encode_images(vae, image, no_noise))
+        features, reconstructed = feature_network(image), feature_network(reconstruction)
+        to_itself += squared_distances(features, reconstructed)
+        if previous is not None:
+            to_another += squared_distances(features, previous)
+        previous = features
+    return (to_itself / count / (to_another / (count - 1))).sqrt().mean().item()
+
+
+def squared_distances(first, second) -> torch.Tensor:
+    """For each layer the squared distance of two images' features."""
+    return torch.stack([(a - b).square().sum() for a, b in zip(first, second, strict=True)])
+
+
+# Drift
+
+
+class DriftGuard:
+    """Tells tuned validation images that still show what the base's show, in a new look, from ones that do not.
+
+    The discriminator's DINOv2 compares each tuned image with the base's of the same prompt and noise. What counts is
+    by how much it is more like that one than like other prompts', over the same for the base's images: a new look
+    lowers both similarities, a lost prompt their difference. So 1 is as good as the base, and 0 an image of anything.
+    With a CLIP model the same is asked of the images and their prompts.
+
+    Args:
+        feature_network: a `FeatureNetwork`.
+        prompts: list of N strings.
+        base_images: N lists of M PIL images; two images at least.
+
+    Raises:
+        ADTError: where the base's own images do not differ, or CLIP cannot tell whose prompt is whose.
+    """
+
+    def __init__(self, feature_network, prompts, base_images, args):
+        self.feature_network, self.prompts, self.args = feature_network, prompts, args
+        self.device = feature_network.mean.device
+        self.clip = None
+        if args.drift_clip_model_name_or_path is not None:
+            path, hub = args.drift_clip_model_name_or_path, {"cache_dir": args.cache_dir}
+            self.clip = CLIPModel.from_pretrained(path, **hub).requires_grad_(False).eval().to(self.device)
+            self.processor = CLIPProcessor.from_pretrained(path, **hub)
+        self.base_embeddings = self.embed(base_images)
+        self.base_margins = self.margins(base_images)
+        for kind, margin in self.base_margins.items():
+            if margin <= 0:
+                raise ADTError(
+                    f"The base's validation images are no more like their own {kind} than like others': drift cannot "
+                    "be told. Name other --validation_prompts, or another --drift_clip_model_name_or_path."
+                )
+
+    @torch.no_grad()
+    def embed(self, images) -> torch.Tensor:
+        pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for row in images for image in row]
+        return torch.cat([self.feature_network.embed(image[None].to(self.device)) for image in pixels])
+
+    @torch.no_grad()
+    def margins(self, images) -> dict:
+        """For each kind of target by how much images are more like their own than like others; N lists of images."""
+        found = {"base": self.margin(self.embed(images), self.base_embeddings, len(images))}
+        if self.clip is not None:
+            flat = [image for row in images for image in row]
+            inputs = self.processor(text=self.prompts, images=flat, padding=True, truncation=True, return_tensors="pt")
+            output = self.clip(**inputs.to(self.device))
+            targets = output.text_embeds.repeat_interleave(len(images[0]), dim=0)
+            found["prompt"] = self.margin(output.image_embeds, targets, len(images))
+        return found
+
+    @staticmethod
+    def margin(embeddings, targets, num_prompts) -> float:
+        """The mean cosine of (N M, C) embeddings to their own targets less that to other prompts'."""
+        similarity = F.cosine_similarity(embeddings[:, None], targets[None], dim=-1)
+        index = torch.arange(len(similarity), device=similarity.device)
+        group = index * num_prompts // len(index) if num_prompts > 1 else index
+        return (similarity.diag().mean() - similarity[group[:, None] != group[None]].mean()).item()
+
+    def check(self, images) -> tuple[dict, bool]:
+        """What tuned `images` have kept, {name: share}, and whether it is too little, of which it warns."""
+        margins, least = self.margins(images), 1 - self.args.drift_tolerance
+        kept = {f"{kind}_similarity_kept": margins[kind] / self.base_margins[kind] for kind in margins}
+        for name, value in kept.items():
+            if value < least:
+                logger.warning(
+                    f"The validation images drift: {name} is {value:.0%}, and --drift_tolerance "
+                    f"{self.args.drift_tolerance:g} asks for {least:.0%}. A higher --mismatched_pair_weight or lower "
+                    "adversarial weight may help."
+                )
+        return kept, min(kept.values()) < least
