@@ -207,7 +207,7 @@ class Adversary:
 # The balance of the losses, and what the discriminator tells apart
 
 
-def adversarial_weight(values, start_index, args) -> float:
+def adversarial_weight(values, args) -> float:
     """The adversarial loss's weight: the option's, or what balances the gradients at the predictions.
 
     Args:

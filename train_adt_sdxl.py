@@ -580,7 +580,7 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
         generator.wrapped.eval()
 
     values = totals.reduce(accelerator, iteration)
-    weight = values["adversarial_loss_weight"] = adversarial_weight(values, start_index, args)
+    weight = values["adversarial_loss_weight"] = adversarial_weight(values, args)
     passes = []
     for batch, gradients in zip(batches, vectors, strict=True):
         predict = make_predict(generator.wrapped, batch.conditions, call_network)

@@ -354,7 +354,7 @@ def add_output_arguments(parser):
     add("--validation_steps", type=positive_int, default=1000, help="Iterations between validations.")
     add("--drift_tolerance", type=share, default=0.5,
         help="Warn of validation images that lost more of their likeness to the base's.")  # fmt: skip
-    add("--drift_clip_model_name_or_path", Nature.PRIVATE, default=None,
+    add("--drift_clip_model_name_or_path", default=None,
         help="A CLIP model, for their likeness to their prompts as well.")  # fmt: skip
     add("--stop_on_drift", action=BOOLEAN, default=False,
         help="End with the last checkpoint before it instead; each validation then writes one.")  # fmt: skip

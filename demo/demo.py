@@ -80,7 +80,7 @@ def tune(name, base, steps, options, args, log=None):
     command = [
         "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", f"train_adt_{args.family}.py", "--pretrained_model_name_or_path", base,
-        "--train_data_dir", args.output_dir / "data", "--output_dir", output, "--max_train_steps", steps,
+        "--train_data_dir", args.data, "--output_dir", output, "--max_train_steps", steps,
         "--seed", args.seed, "--discriminator_model_name_or_path", args.assets / "dinov2",
         "--resume_from_checkpoint", "latest", *TRAINING, *options,
         *(word for name, value in SAMPLING[args.family].items() for word in (f"--{name}", value)),
@@ -179,8 +179,9 @@ def main():
     started = time.time()
     args.output_dir = args.output_dir.resolve()
     args.assets = args.assets.resolve()
-    if not (args.output_dir / "data").is_dir():
-        write_imagefolder(args.output_dir / "data", "shaded", 2000, seed=1)
+    args.data = args.output_dir / "data"
+    if not args.data.is_dir():
+        write_imagefolder(args.data, "shaded", 2000, seed=1)
 
     base = args.assets / ("pipeline" if args.family == "sd15" else args.family)
     if not (base / "model_index.json").is_file():

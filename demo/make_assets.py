@@ -67,7 +67,7 @@ def parse_args():
     parser.add_argument("--evaluator_steps", type=int, default=1500)
     parser.add_argument("--dinov2_steps", type=int, default=1200)
     parser.add_argument("--sd3_steps", type=int, default=2500)
-    parser.add_argument("--worlds_steps", type=int, default=2000)
+    parser.add_argument("--worlds_steps", type=int, default=1500)
     return parser.parse_args()
 
 
@@ -330,14 +330,14 @@ def train_evaluator(output_dir, steps, seed, worlds=DEMO_WORLDS):
 
 
 def train_worlds(output_dir, steps, seed):
-    """What `reproduce.py` needs beside: an evaluator of all looks, and the pipeline with a VAE that can draw them.
+    """What `reproduce.py` needs beside: an evaluator of all looks, and a VAE that can draw them.
 
     That VAE goes on from the demo's. Its latents of `flat` are held to what they were, so that the UNet, which has
     seen no others, still fits.
     """
     train_evaluator(output_dir / "worlds", steps, seed, LOOKS)
-    pipeline = StableDiffusionPipeline.from_pretrained(output_dir / "pipeline")
-    vae, original = pipeline.vae, copy.deepcopy(pipeline.vae).requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae")
+    original = copy.deepcopy(vae).requires_grad_(False)
     images = 2 * load_images(LOOKS, 6000, seed)[0] - 1
 
     def loss_function(indices):
@@ -349,7 +349,7 @@ def train_worlds(output_dir, steps, seed):
 
     train("vae of all worlds", vae, loss_function, len(images), steps, learning_rate=1e-3, batch_size=32)
     vae.register_to_config(_name_or_path="")
-    pipeline.save_pretrained(output_dir / "worlds" / "pipeline")
+    vae.half().save_pretrained(output_dir / "worlds" / "vae")
 
 
 def train_dinov2(output_dir, steps, seed):

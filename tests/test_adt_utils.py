@@ -37,6 +37,7 @@ from adt_utils import (
     discriminator_loss,
     generator_loss,
     largest_group,
+    mismatched_partners,
     select_train_steps,
     signal_and_noise_levels,
     simulate_inference,
@@ -1011,3 +1012,27 @@ def test_saved_activations_do_not_grow_with_the_number_of_steps(measured):
 def test_the_peak_is_that_of_plain_finetuning_or_of_scoring(measured):
     larger = max(measured["plain fine-tuning step"], measured["scoring (decode, resize, DINOv2, discriminator)"])
     assert measured["generator update, K = 8 (all)"] <= 1.1 * larger
+
+
+@pytest.mark.parametrize(
+    ("captions", "partners"),
+    [
+        (["a", "b", "c"], [1, 2, 0]),
+        (["a", "a", "b", "a"], [2, 2, 3, 2]),  # never one of an equal caption
+        (["a", "b"], [1, 0]),
+        (["a", "a"], None),
+        (["a"], None),
+    ],
+)
+def test_mismatched_partners(captions, partners):
+    assert mismatched_partners(captions) == partners
+
+
+def test_mismatched_pairs_are_negatives():
+    scores = torch.tensor([-2.0, 0.5], requires_grad=True)
+    loss = discriminator_loss(mismatched_scores=scores)
+    assert loss.item() == pytest.approx(0.75)  # the hinge leaves out what is below -1
+    loss.backward()
+    assert scores.grad.tolist() == [0.0, 0.5]
+    together = discriminator_loss(torch.tensor([0.0]), torch.tensor([0.25]), torch.tensor([0.5]))
+    assert together.item() == pytest.approx(1 + 1.25 + 1.5)

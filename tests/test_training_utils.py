@@ -2,7 +2,6 @@
 
 import ast
 import json
-import logging
 import math
 import re
 import sys
@@ -88,7 +87,8 @@ CHANGES = [
     ("--discriminator_type", "projected"), ("--discriminator_similarity", "dot"),
     ("--discriminator_reduction", "pooled"), ("--discriminator_ema_decay", 0.5),
     ("--discriminator_learning_rate", 1e-4), ("--discriminator_lr_warmup_steps", 10), ("--augmentation_policy",),
-    ("--augmentation_policy", "color"), ("--augmentation_pairing", "shared"), ("--augmentation_pairing", "input"),
+    ("--augmentation_policy", "color"), ("--mismatched_pair_weight", 1), ("--real_images", "reconstructed"),
+    ("--augmentation_pairing", "shared"), ("--augmentation_pairing", "input"),
     ("--train_batch_size", 1), ("--gradient_accumulation_steps", 2), ("--mixed_precision", "bf16"),
     ("--use_lora", "--rank", 2), ("--num_train_epochs", 1, "--max_train_steps", 3),
     ("--resolution", 8, "--discriminator_resolution", 8),
@@ -104,6 +104,7 @@ ELSEWHERE = {
     "output_dir", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
     "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "num_validation_images", "validation_steps",
+    "drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift",
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token",
 }  # fmt: skip
@@ -207,6 +208,11 @@ def fails(options, *more, capsys):
         (("--adversarial_loss_weight", -1), "argument --adversarial_loss_weight: must not be negative, not -1"),
         (("--adversarial_loss_weight", "auto", "--diffusion_loss_weight", 0), "needs a diffusion loss"),
         (("--discriminator_norm_group", 3), "does not divide"),
+        (("--mismatched_pair_weight", 1, "--discriminator_type", "projected"), "a discriminator that sees the pair"),
+        (("--mismatched_pair_weight", -1), "must not be negative"),
+        (("--stop_on_drift",), "needs an adversary, --validation_prompts and at least two images"),
+        (("--stop_on_drift", "--validation_prompts", "a", "b", "--adversarial_loss_weight", 0), "needs an adversary"),
+        (("--drift_clip_model_name_or_path", "x", "--validation_prompts", "a"), "at least two --validation_prompts"),
         (("--proportion_empty_prompts", 1.5), r"argument --proportion_empty_prompts: must lie in \[0, 1\], not 1.5"),
         (("--guidance_scale", "nan"), "argument --guidance_scale: must not be negative, not nan"),
         (("--hub_token", "hf_x", "--report_to", "wandb"), "--hub_token would reach wandb"),
@@ -351,18 +357,16 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
     assert set(read_scalars(output)["lr"].values()) == {0}
 
 
-def test_saturation_is_warned_about_once(run, monkeypatch, caplog):
-    monkeypatch.setattr(training_utils, "SATURATION_GAP", -10)
-    monkeypatch.setattr(training_utils, "SATURATION_ITERATIONS", 2)
-    with caplog.at_level(logging.WARNING):
-        run()
-    assert sum("saturated" in message for message in caplog.messages) == 1
-
-
 # Modules
 
 
-UTILS = ("adt_utils", "training_utils", "data_utils", "output_utils")  # each may import those before it
+UTILS = (
+    "adt_utils",
+    "training_utils",
+    "data_utils",
+    "adversary_utils",
+    "output_utils",
+)  # each may import those before it
 
 
 def imports_of(module):
