@@ -17,6 +17,7 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from demo import ADVERSARIAL, DEMO, FINE_TUNING, tune
 
 NARROW_VAE = "lines, the demo's VAE"
 SITUATIONS = [*(world for world in WORLDS if world != "flat"), NARROW_VAE]
+START_STEPS = 2000  # of fine-tuning, after which more of it hardly changes the distance
 STEPS = 300  # of each method
 # The paper's global batch.
 COMMON = ["--train_batch_size", "8"]
@@ -93,34 +95,30 @@ def equal_compute_steps(num_steps=STEPS, start=100, interval=2, sampler_steps=10
     return round((num_steps * rollout + updates * 3 * (replays + 1)) / 3)
 
 
-def train(situation, args):
-    """All runs of a world. Returns `{(method, seed): folder}`, the common starts under the method `start`."""
-    world, results = situation.split(",")[0], {}
-    data = args.output_dir / folder(situation) / "data"
-    if not data.is_dir():
-        write_imagefolder(data, world, 2000, seed=1)
-    vae = [] if situation == NARROW_VAE else ["--pretrained_vae_model_name_or_path", args.assets / "worlds" / "vae"]
+def train(args):
+    """All runs. Returns `{(situation, method, seed): folder}`, the common starts under the method `start`."""
+    results = {}
+    for situation in args.worlds:
+        data = args.output_dir / folder(situation) / "data"
+        if not data.is_dir():
+            write_imagefolder(data, situation.split(",")[0], 2000, seed=1)
 
-    def run(method, seed, start, steps, settings):
+    def run(situation, method, seed):
         output = args.output_dir / folder(situation) / f"seed-{seed}"
-        options = SimpleNamespace(family="sd15", seed=seed, assets=args.assets, output_dir=output, data=data)
+        options = SimpleNamespace(family="sd15", seed=seed, assets=args.assets, output_dir=output)
+        options.data = output.parent / "data"
         output.mkdir(exist_ok=True)
+        vae = args.assets / ("pipeline" if situation == NARROW_VAE else "worlds") / "vae"
+        settings = [*METHODS.get(method, METHODS["fine-tuning"]), "--pretrained_vae_model_name_or_path", vae]
+        steps = {"start": START_STEPS, EQUAL_COMPUTE: equal_compute_steps()}.get(method, STEPS)
+        start = args.assets / "pipeline" if method == "start" else results[situation, "start", seed]
         with open(output / f"{folder(method)}.log", "a") as log:
-            results[method, seed] = tune(folder(method), start, steps, [*settings, *vae], options, log)
+            results[situation, method, seed] = tune(folder(method), start, steps, settings, options, log)
 
-    base = args.assets / "pipeline"
     with ThreadPoolExecutor(args.jobs) as pool:
-        settings = METHODS["fine-tuning"]
-        for job in [pool.submit(run, "start", seed, base, 2 * STEPS, settings) for seed in args.seeds]:
-            job.result()
-        steps = {EQUAL_COMPUTE: equal_compute_steps()}
-        jobs = [
-            pool.submit(run, method, seed, results["start", seed], steps.get(method, STEPS), METHODS[method])
-            for seed in args.seeds
-            for method in args.methods
-        ]
-        for job in jobs:
-            job.result()
+        for methods in (["start"], args.methods):
+            for job in [pool.submit(run, *key) for key in product(args.worlds, methods, args.seeds)]:
+                job.result()
     return results
 
 
@@ -137,7 +135,11 @@ class EvaluatorFeatures(nn.Module):
 
 
 def evaluate(situation, results, args):
-    """Compares a world's results and its VAE's floor. Returns `{pipeline: metrics}`, the floor as `VAE floor`."""
+    """Compares a world's results and its VAE's floor. Returns `{pipeline: metrics}`, the floor as `VAE floor`.
+
+    Args:
+        results: `{(method, seed): folder}`.
+    """
     world, directory = situation.split(",")[0], args.output_dir / folder(situation)
     test = directory / f"test-set-{args.num_images}" / "test"
     if not test.is_dir():
@@ -260,7 +262,7 @@ def write_report(values, args):
         "        --methods " + " ".join(f'"{name}"' for name in args.methods),
         "",
         "Worlds are in `demo/worlds.py`, settings in `demo/reproduce.py`. From the demo's base pipeline "
-        f"(ε-prediction, Stable Diffusion 1.5's schedule, 32×32 pixels), batches of 8: `start` is {2 * STEPS} "
+        f"(ε-prediction, Stable Diffusion 1.5's schedule, 32×32 pixels), batches of 8: `start` is {START_STEPS} "
         f"iterations of plain fine-tuning, and each method is {STEPS} iterations more from there, but for "
         f"“{EQUAL_COMPUTE}”: {equal_compute_steps()} iterations, as many network evaluations as ADT's. "
         f"Seeds {', '.join(map(str, args.seeds))}, which decide the training alone. Each number is of "
@@ -289,10 +291,10 @@ def main():
     args.output_dir, args.assets = args.output_dir.resolve(), args.assets.resolve()
     os.environ["OMP_NUM_THREADS"] = "1"  # so that the number of runs at a time does not change their rounding
     print("Each run's output goes to a .log file beside its folder.")
-    values = {}
+    results, values = train(args), {}
     for situation in args.worlds:
-        (args.output_dir / folder(situation)).mkdir(parents=True, exist_ok=True)
-        values[situation] = evaluate(situation, train(situation, args), args)
+        own = {(method, seed): path for (world, method, seed), path in results.items() if world == situation}
+        values[situation] = evaluate(situation, own, args)
     write_report(values, args)
 
 
