@@ -1,4 +1,4 @@
-"""What `make reproduce` writes, from numbers made by hand; the runs themselves take an hour."""
+"""The demo's worlds, and what `make reproduce` makes of numbers; the runs themselves take hours."""
 
 import sys
 from pathlib import Path
@@ -12,67 +12,132 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import reproduce
+from reproduce import EQUAL_COMPUTE, FOLLOWED, METHODS, folder
+from shapes import ATTRIBUTES
+from worlds import CORRELATED_SHARE, WORLDS, draw
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(fids):
-        """`fids`: {method: fid of each seed}."""
-        values = {}
-        for method, found in fids.items():
-            for seed, fid in enumerate(found):
-                name = "base" if method == "base" else f"{reproduce.folder(method)}-{seed}"
-                metrics = {"fid": fid, "fdd": 2 * fid, "precision": 0.5, "recall": 0.25, "prompt followed": 0.75}
-                values[name] = dict.fromkeys(reproduce.SAMPLERS, metrics)
-        args = SimpleNamespace(
-            seeds=[0, 1], fine_tuning_steps=600, steps=400, num_images=2048, report=tmp_path / "reproduction.md"
-        )
-        reproduce.write_report(values, args)
-        return (tmp_path / "reproduction.md").read_text()
-
-    return write
+# Worlds
 
 
-def test_report_has_means_spreads_and_the_ordering(write):
-    fids = {"base": [30.0], "start": [9.0, 11.0]}
-    fids |= {method: [fid - 1, fid + 1] for method, fid in reproduce.PAPER.items()}
-    fids["fine-tuning at ADT's rate"] = [1.0, 1.0]  # which the paper does not have
-    text = write(fids)
-    assert "| start | 10.00 ± 1.41 | 20.00 ± 2.83 | 0.500 ± 0.000 | 0.250 ± 0.000 | 0.750 ± 0.000 |" in text
-    assert "| base | 30.00 | 60.00 | 0.500 | 0.250 | 0.750 |" in text
-    assert f"| ADT | {reproduce.SAMPLERS[0]} | 18.84 | 20.84 |" in text
-    assert text.count("The ordering holds.") == 2 and "does not hold" not in text
-    assert "ADT is below fine-tuning in 2 of 2 seeds" in text
-    fids["DRTune's path"] = [1.0, 30.0]
-    text = write(fids)
-    assert text.count("The ordering does not hold.") == 2
-    assert "ADT is below DRTune's path in 1 of 2 seeds" in text
+def test_worlds_share_their_captions_and_nothing_else():
+    drawn = {world: draw(world, 20, seed=3) for world in WORLDS}
+    images, captions, attributes = drawn["flat"]
+    assert images.shape == (20, 32, 32, 3) and images.dtype == np.uint8
+    words = [ATTRIBUTES[name][attributes[name][0]] for name in ("size", "color", "shape", "background")]
+    assert captions[0] == "a {} {} {} on a {} background".format(*words)
+    for world, (other_images, other_captions, _) in drawn.items():
+        assert np.array_equal(draw(world, 20, seed=3)[0], other_images)
+        assert other_captions == captions or world == "correlated"
+        assert world == "flat" or np.abs(other_images.astype(int) - images).mean() > 4
+    with pytest.raises(ValueError, match="world must be one of flat, shaded, .* not 'round'"):
+        draw("round", 1, seed=0)
 
 
-def test_ablations_change_one_thing(tmp_path):
-    """As the training script reads them; the ablation without a diffusion loss cannot balance the weight by it."""
-    import train_adt_sd15
-
-    base = ["--pretrained_model_name_or_path", "base", "--train_data_dir", str(tmp_path), "--resolution", "32"]
-    options = {name: vars(train_adt_sd15.parse_args([*base, *more])) for name, more in reproduce.METHODS.items()}
-    changes = {
-        name: {key for key, value in given.items() if value != options["ADT"][key]} for name, given in options.items()
-    }
-    assert reproduce.METHODS.keys() - reproduce.PAPER.keys() == {"fine-tuning at ADT's rate"}
-    assert changes["projected discriminator"] == {"discriminator_type"}
-    assert changes["DRTune's path"] == {"gradient_path"}
-    assert changes["no diffusion loss"] == {"diffusion_loss_weight", "adversarial_loss_weight"}
-    control, tuned = options["fine-tuning at ADT's rate"], options["fine-tuning"]
-    assert {key for key in control if control[key] != tuned[key]} == {"learning_rate", "lr_warmup_steps"}
-    assert all(control[key] == options["ADT"][key] for key in ("learning_rate", "lr_warmup_steps"))
+def test_correlated_attributes():
+    _, _, attributes = draw("correlated", 4000, seed=0)
+    own = attributes["color"] % len(ATTRIBUTES["background"]) == attributes["background"]
+    assert own.mean() == pytest.approx(CORRELATED_SHARE + (1 - CORRELATED_SHARE) / 4, abs=0.02)
+    assert np.bincount(attributes["color"]).min() > 550  # each word is as frequent as before
 
 
-def test_features_are_the_evaluators_standardised(tmp_path):
-    evaluator = reproduce.load_evaluator(reproduce.DEMO / "assets" / "evaluator" / "model.safetensors")
-    pixels, _, _ = reproduce.draw("shaded", 50, seed=5)
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+@pytest.fixture(scope="module")
+def evaluator():
+    path = reproduce.DEMO / "assets" / "worlds" / "evaluator" / "model.safetensors"
+    return reproduce.load_evaluator(path, reproduce.LOOKS)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_evaluator_knows_every_world(evaluator, world):
+    images, _, attributes = draw(world, 200, seed=8)
+    assert reproduce.followed(images, attributes, evaluator) > 0.97
+    # It is the captions that it looks for.
+    assert reproduce.followed(images[::-1].copy(), attributes, evaluator) < 0.1
+
+
+def test_features_are_the_evaluators_standardised(tmp_path, evaluator):
+    images = torch.from_numpy(draw("shaded", 50, seed=5)[0]).permute(0, 3, 1, 2)
     torch.jit.script(reproduce.EvaluatorFeatures(evaluator, images / 255)).save(tmp_path / "evaluator.pt")
     found = torch.jit.load(tmp_path / "evaluator.pt")(images, return_features=True)
     features = evaluator(images / 255)
     assert torch.allclose(found, features / features.std(0), atol=1e-4)
     assert np.allclose(found.std(0), 1, atol=1e-3)
+
+
+# Methods
+
+
+def test_methods_change_what_they_say(tmp_path):
+    """As the training script reads them."""
+    import train_adt_sd15
+
+    base = ["--pretrained_model_name_or_path", "base", "--train_data_dir", str(tmp_path), "--resolution", "32"]
+    options = {name: vars(train_adt_sd15.parse_args([*base, *more])) for name, more in METHODS.items()}
+
+    def changes(name, other="ADT"):
+        return {key for key, value in options[name].items() if value != options[other][key]}
+
+    assert changes("projected discriminator") == {"discriminator_type"}
+    assert changes("DRTune's path") == {"gradient_path"}
+    assert changes("no diffusion loss") == {"diffusion_loss_weight", "adversarial_loss_weight"}
+    assert changes("ADT, recipe") == {"mismatched_pair_weight", "use_ema", "ema_decay"}
+    assert changes(EQUAL_COMPUTE, "fine-tuning") == set()
+    assert changes("fine-tuning at ADT's rate", "fine-tuning") == {"learning_rate", "lr_warmup_steps"}
+    assert not {"learning_rate", "lr_warmup_steps"} & changes("fine-tuning at ADT's rate")
+    paper = options["ADT, as the paper"]
+    assert (paper["adversarial_loss_weight"], paper["generator_start_step"]) == (1, 0)
+    assert (paper["generator_update_interval"], paper["diffusion_loss_weight"], paper["num_gradient_steps"]) == (
+        5,
+        0.5,
+        3,
+    )
+    assert len(paper["augmentation_policy"]) == 3 and paper["mismatched_pair_weight"] == 0
+    assert {given["train_batch_size"] for given in options.values()} == {8}
+
+
+def test_equal_compute():
+    # Four rollouts of 1.5 steps on average and two branches; two updates, whose two replays and diffusion loss cost
+    # three forwards each. An iteration of fine-tuning costs three forwards.
+    assert reproduce.equal_compute_steps(4, 0, 2, sampler_steps=2, num_gradient_steps=1) == (4 * 3 + 2 * 3 * 3) / 3
+
+
+# What is said of the numbers
+
+
+def make_values(own, plain, floor=1.0, own_followed=(0.8, 0.8), plain_followed=(0.8, 0.8)):
+    values = {"VAE floor": dict.fromkeys(reproduce.METRICS, floor)}
+    plain_rows = (plain, plain_followed)
+    for method, (fids, shares) in {"ADT": (own, own_followed), EQUAL_COMPUTE: plain_rows, "start": plain_rows}.items():
+        for seed, (fid, share) in enumerate(zip(fids, shares)):
+            values[f"{folder(method)}-{seed}"] = dict.fromkeys(reproduce.METRICS, fid) | {FOLLOWED: share}
+    return values
+
+
+@pytest.mark.parametrize(
+    ("own", "floor", "followed", "distance", "prompts"),
+    [
+        ((5, 7), 1, (0.8, 0.8), True, True),  # 0.6 of 10
+        ((5, 7.2), 1, (0.8, 0.8), False, True),
+        ((7.4, 7.4), 5, (0.8, 0.8), True, True),  # the floor is high: half of what is between
+        ((7.6, 7.6), 5, (0.8, 0.8), False, True),
+        ((5, 5), 1, (0.7, 0.88), True, True),  # less, within the spread
+        ((5, 5), 1, (0.78, 0.79), True, False),
+    ],
+)
+def test_verdict(own, floor, followed, distance, prompts):
+    found = reproduce.verdict(make_values(own, (10, 10), floor, followed), "ADT", [0, 1])
+    assert (found["distance"], found["prompts"]) == (distance, prompts)
+    assert found["ratio"] == pytest.approx(np.mean(own) / 10)
+
+
+def test_report(tmp_path, capsys):
+    args = SimpleNamespace(
+        seeds=[0, 1], worlds=["glow"], methods=["ADT", EQUAL_COMPUTE], num_images=512, report=tmp_path / "report.md"
+    )
+    reproduce.write_report({"glow": make_values((5, 7), (9, 11), own_followed=(0.7, 0.7))}, args)
+    text = args.report.read_text()
+    assert "| ADT | 6.00 ± 1.41 | 6.00 ± 1.41 | 6.000 ± 1.414 | 6.000 ± 1.414 | 0.700 ± 0.000 |" in text
+    assert "| *the VAE's floor* | 1.00 | 1.00 | 1.000 | 1.000 | |" in text
+    assert "| glow | ADT | 0.60 | 0.60 | reached | -10.0 points | missed |" in text
+    assert '--methods "ADT" "fine-tuning, equal compute"' in text
+    assert (tmp_path / "report.png").stat().st_size > 1000
