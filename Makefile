@@ -17,7 +17,7 @@ demo: .venv/installed
 demo-sd3: .venv/installed
 	$(BIN)/python demo/demo.py --family sd3
 
-# One to two hours on two cores; started again, it goes on where it was.
+# All methods in all worlds, three seeds: about ten hours on two cores; started again, it goes on where it was.
 reproduce: .venv/installed
 	$(BIN)/python demo/reproduce.py
 

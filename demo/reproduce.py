@@ -1,6 +1,6 @@
 """ADT against fine-tuning on the worlds of `worlds.py`, over several seeds, at equal iterations and at equal compute.
 
-    python demo/reproduce.py                                         # all of it: days of one core
+    python demo/reproduce.py                                         # all of it: ten hours on two cores
     python demo/reproduce.py --worlds lines glow --seeds 0 --methods "fine-tuning, equal compute" "ADT, recipe"
 
 In each world and for each seed the demo's base pipeline is fine-tuned once; from there every method goes on. Its VAE
