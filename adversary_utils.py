@@ -74,11 +74,12 @@ def check_feature_network(args):
     if path is None:
         return
     try:
-        config = AutoConfig.from_pretrained(path, cache_dir=args.cache_dir)
+        model_type = AutoConfig.from_pretrained(path, cache_dir=args.cache_dir).model_type
+        CLIPProcessor.from_pretrained(path, cache_dir=args.cache_dir)
     except (OSError, ValueError) as error:
         raise ADTError(f"--drift_clip_model_name_or_path {path} is not readable: {error}") from error
-    if config.model_type != "clip":
-        raise ADTError(f"--drift_clip_model_name_or_path {path} is a '{config.model_type}', not a CLIP model.")
+    if model_type != "clip":
+        raise ADTError(f"--drift_clip_model_name_or_path {path} is a '{model_type}', not a CLIP model.")
 
 
 def norm_group(args) -> int:
@@ -111,8 +112,10 @@ def make_adversary(vae, run):
     if not run.args.adversarial:
         return None
     adversary = Adversary(run)
-    if run.accelerator.is_main_process and run.args.real_images == "dataset" and len(run.dataset) > 1:
+    difference = None
+    if run.accelerator.is_main_process and run.args.real_images == "dataset":
         difference = reconstruction_difference(adversary.feature_network, vae, run)
+    if difference is not None:
         logger.info(
             f"In the discriminator's features your images differ from their reconstructions by the VAE by "
             f"{difference:.0%} of what they differ from each other: the generator can not remove that. See "
@@ -133,7 +136,7 @@ class Adversary:
         optimizer = make_optimizer(torch.optim.AdamW, network, args.discriminator_learning_rate, args)
         lr_scheduler = make_lr_scheduler(optimizer, args.discriminator_lr_warmup_steps, args.max_train_steps, args)
         self.discriminator = prepare_trained("discriminator", network, optimizer, lr_scheduler, run)
-        self.saturated_for, self.warned = 0, False
+        self.saturated_for, self.warned, self.warned_of_captions = 0, False, False
 
     def features(self, batch, images, purpose):
         """`F(T(images))`, for images that go with those of `batch`, by the augmentation drawn for `purpose`."""
@@ -162,6 +165,9 @@ class Adversary:
         of_process = gather_object([[batch.captions for batch in batches]])
         partners = mismatched_partners([text for micro in zip(*of_process) for part in micro for text in part])
         if partners is None:
+            if not self.warned_of_captions:
+                logger.warning("All captions of a global batch are equal: it has no mismatched pair.")
+            self.warned_of_captions = True
             return None
         shape = (len(batches), accelerator.num_processes, len(batches[0].captions))
         own = torch.tensor(partners, device=accelerator.device).view(shape)[:, accelerator.process_index]
@@ -238,21 +244,21 @@ def score_gap(values, start_index, num_inference_steps) -> dict:
 
 
 @torch.no_grad()
-def reconstruction_difference(feature_network, vae, run, count=16) -> float:
+def reconstruction_difference(feature_network, vae, run, count=16) -> float | None:
     """By how much images differ from what the VAE makes of them, over how much they differ from each other.
 
     Args:
-        count: images of the run's beginning, of which two at least are needed.
+        count: images of the run's beginning, at most.
 
     Returns:
         the ratio of the root mean squares over images and positions of the features' differences, averaged over the
-        layers; 0 for a perfect VAE.
+        layers; 0 for a perfect VAE; None where the images do not differ, or there is one alone.
     """
     args, device = run.args, run.accelerator.device
     dataset, order = ImageCaptionDataset(run.dataset, args), GlobalBatchSampler(len(run.dataset), args)
     side = args.resolution // vae_factor(vae.config)
     no_noise = torch.zeros(1, vae.config.latent_channels, side, side, device=device)
-    count = min(count, len(run.dataset))
+    count = min(count, len(run.dataset), args.max_train_steps * run.global_batch_size)  # what has been checked
     to_itself, to_another, previous = 0.0, 0.0, None
     for position in range(count):
         image = dataset[order.dataset_index(position), 0, position]["pixel_values"][None].to(device)
@@ -262,6 +268,8 @@ def reconstruction_difference(feature_network, vae, run, count=16) -> float:
         if previous is not None:
             to_another += squared_distances(features, previous)
         previous = features
+    if count < 2 or not to_another.all():
+        return None
     return (to_itself / count / (to_another / (count - 1))).sqrt().mean().item()
 
 
@@ -279,68 +287,73 @@ class DriftGuard:
     The discriminator's DINOv2 compares each tuned image with the base's of the same prompt and noise. What counts is
     by how much it is more like that one than like other prompts', over the same for the base's images: a new look
     lowers both similarities, a lost prompt their difference. So 1 is as good as the base, and 0 an image of anything.
-    With a CLIP model the same is asked of the images and their prompts.
+    With a CLIP model, which stays on the CPU, the same is asked of the images and their prompts.
 
     Args:
         feature_network: a `FeatureNetwork`.
-        prompts: list of N strings.
-        base_images: N lists of M PIL images; two images at least.
+        prompts: list of N strings, two at least.
+        base_images: N lists of M PIL images.
 
     Raises:
-        ADTError: where the base's own images do not differ, or CLIP cannot tell whose prompt is whose.
+        ADTError: for `--stop_on_drift`, where the base's own images are no more like their own than like others'.
+            Without it this is said, and drift is not looked for.
     """
+
+    LEAST_MARGIN = 0.01  # of cosines; a share of less would be noise
 
     def __init__(self, feature_network, prompts, base_images, args):
         self.feature_network, self.prompts, self.args = feature_network, prompts, args
-        self.device = feature_network.mean.device
         self.clip = None
         if args.drift_clip_model_name_or_path is not None:
             path, hub = args.drift_clip_model_name_or_path, {"cache_dir": args.cache_dir}
-            self.clip = CLIPModel.from_pretrained(path, **hub).requires_grad_(False).eval().to(self.device)
+            self.clip = CLIPModel.from_pretrained(path, **hub).requires_grad_(False).eval().float()
             self.processor = CLIPProcessor.from_pretrained(path, **hub)
         self.base_embeddings = self.embed(base_images)
-        self.base_margins = self.margins(base_images)
-        for kind, margin in self.base_margins.items():
-            if margin <= 0:
-                raise ADTError(
-                    f"The base's validation images are no more like their own {kind} than like others': drift cannot "
-                    "be told. Name other --validation_prompts, or another --drift_clip_model_name_or_path."
-                )
+        self.base_margins = {}
+        for kind, margin in self.margins(base_images).items():
+            if margin >= self.LEAST_MARGIN:
+                self.base_margins[kind] = margin
+                continue
+            message = f"The base's validation images are hardly more like their own {kind} than like other prompts'"
+            if args.stop_on_drift:
+                raise ADTError(f"{message}: --stop_on_drift needs other --validation_prompts, or another model.")
+            logger.warning(f"{message}: drift from it is not looked for.")
 
     @torch.no_grad()
     def embed(self, images) -> torch.Tensor:
+        device = self.feature_network.mean.device
         pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for row in images for image in row]
-        return torch.cat([self.feature_network.embed(image[None].to(self.device)) for image in pixels])
+        return torch.cat([self.feature_network.embed(image[None].to(device)) for image in pixels])
 
     @torch.no_grad()
     def margins(self, images) -> dict:
         """For each kind of target by how much images are more like their own than like others; N lists of images."""
-        found = {"base": self.margin(self.embed(images), self.base_embeddings, len(images))}
+        found = {"base": self.margin(self.embed(images), self.base_embeddings)}
         if self.clip is not None:
             flat = [image for row in images for image in row]
             inputs = self.processor(text=self.prompts, images=flat, padding=True, truncation=True, return_tensors="pt")
-            output = self.clip(**inputs.to(self.device))
-            targets = output.text_embeds.repeat_interleave(len(images[0]), dim=0)
-            found["prompt"] = self.margin(output.image_embeds, targets, len(images))
+            output = self.clip(**inputs)
+            found["prompt"] = self.margin(
+                output.image_embeds, output.text_embeds.repeat_interleave(len(images[0]), dim=0)
+            )
         return found
 
-    @staticmethod
-    def margin(embeddings, targets, num_prompts) -> float:
+    def margin(self, embeddings, targets) -> float:
         """The mean cosine of (N M, C) embeddings to their own targets less that to other prompts'."""
         similarity = F.cosine_similarity(embeddings[:, None], targets[None], dim=-1)
-        index = torch.arange(len(similarity), device=similarity.device)
-        group = index * num_prompts // len(index) if num_prompts > 1 else index
-        return (similarity.diag().mean() - similarity[group[:, None] != group[None]].mean()).item()
+        prompt = torch.arange(len(self.prompts), device=similarity.device)
+        prompt = prompt.repeat_interleave(len(similarity) // len(prompt))
+        return (similarity.diag().mean() - similarity[prompt[:, None] != prompt].mean()).item()
 
     def check(self, images) -> tuple[dict, bool]:
         """What tuned `images` have kept, {name: share}, and whether it is too little, of which it warns."""
         margins, least = self.margins(images), 1 - self.args.drift_tolerance
-        kept = {f"{kind}_similarity_kept": margins[kind] / self.base_margins[kind] for kind in margins}
-        for name, value in kept.items():
-            if value < least:
-                logger.warning(
-                    f"The validation images drift: {name} is {value:.0%}, and --drift_tolerance "
-                    f"{self.args.drift_tolerance:g} asks for {least:.0%}. A higher --mismatched_pair_weight or lower "
-                    "adversarial weight may help."
-                )
-        return kept, min(kept.values()) < least
+        kept = {f"{kind}_similarity_kept": margins[kind] / base for kind, base in self.base_margins.items()}
+        lost = {name: value for name, value in kept.items() if value < least}
+        for name, value in lost.items():
+            logger.warning(
+                f"The validation images drift: {name} is {value:.0%}, and --drift_tolerance "
+                f"{self.args.drift_tolerance:g} asks for {least:.0%}. A VAE that can draw your images, a lower "
+                "adversarial weight or --mismatched_pair_weight may help."
+            )
+        return kept, bool(lost)

@@ -283,9 +283,13 @@ class Validation:
         self.generator, self.models, self.conditions, self.run = generator, models, conditions, run
         self.base_images = self.draw()
         self.grids, self.drifted, self.guard = [], False, None
-        if adversary is not None and sum(map(len, self.base_images)) > 1:
+        if adversary is not None and len(conditions) > 1:
             prompts = run.args.validation_prompts
             self.guard = DriftGuard(adversary.feature_network, prompts, self.base_images, run.args)
+        if run.accelerator.is_main_process:
+            for path in list_checkpoints(run.args.output_dir):
+                if checkpoint_iteration(path) > run.first_iteration:  # an earlier run's, or of one taken up before it
+                    (path / GOOD).unlink(missing_ok=True)
 
     def is_due(self, done) -> bool:
         """After `done` iterations; the last validation belongs to the run's end."""
@@ -293,51 +297,61 @@ class Validation:
         return bool(self.conditions) and done % args.validation_steps == 0 and done < args.max_train_steps
 
     def log(self, done):
-        """Draws with the averaged weights, where there are any, logs a grid for each prompt, and looks for drift."""
+        """Draws, logs a grid for each prompt, and looks for drift; with `--stop_on_drift` that decides on the run."""
         if not self.conditions:
             return
         args, accelerator = self.run.args, self.run.accelerator
+        drifted = self.draw_and_check(done)
+        if not args.stop_on_drift:
+            return
+        self.drifted = broadcast_object_list([drifted])[0]
+        if not self.drifted:
+            if done % args.checkpointing_steps != 0:  # else there is one already
+                save_checkpoint(done, args, accelerator)
+            if accelerator.is_main_process:
+                Path(args.output_dir, f"checkpoint-{done}", GOOD).touch()
+
+    def draw_and_check(self, done) -> bool:
+        """Draws with the averaged weights, where there are any. Returns, on the main process, if there is drift."""
         with self.generator.averaged():
             tuned_images = self.draw()
-        drifted = False
-        if accelerator.is_main_process:
-            self.grids = log_validation(self.base_images, tuned_images, done, self.run)
-            if self.guard is not None:
-                kept, drifted = self.guard.check(tuned_images)
-                accelerator.log(kept, step=done)
-        if args.stop_on_drift:
-            self.drifted = broadcast_object_list([drifted])[0]
-            if not self.drifted:
-                self.keep_checkpoint(done)
-
-    def keep_checkpoint(self, done):
-        """Marks the checkpoint after `done` iterations as good, and writes it where it is not there."""
-        path = Path(self.run.args.output_dir, f"checkpoint-{done}")
-        if not path.is_dir():
-            save_checkpoint(done, self.run.args, self.run.accelerator)
-        if self.run.accelerator.is_main_process:
-            (path / GOOD).touch()
+        if not self.run.accelerator.is_main_process:
+            return False
+        self.grids = log_validation(self.base_images, tuned_images, done, self.run)
+        if self.guard is None:
+            return False
+        kept, drifted = self.guard.check(tuned_images)
+        self.run.accelerator.log(kept, step=done)
+        return drifted
 
     def finish(self):
         """The run's last validation. Returns the run, cut off at the last good checkpoint where images have drifted.
 
+        Checkpoints after that one are removed, so that a resumed run starts from it.
+
         Raises:
             ADTError: where no checkpoint is good.
         """
+        args, accelerator = self.run.args, self.run.accelerator
         if not self.drifted:
-            self.log(self.run.args.max_train_steps)
-        if self.drifted:
-            good = last_good_checkpoint(self.run.args.output_dir)
-            if good is None:
-                raise ADTError(
-                    "The validation images drifted, as the warning says, and no earlier validation was good: nothing "
-                    "is saved but the checkpoints."
-                )
-            logger.warning(f"The run ends with {good}, the last before its validation images drifted.")
-            self.run.accelerator.load_state(str(good))
-            done = checkpoint_iteration(good)
-            self.run = replace(self.run, args=self.run.args.replace(max_train_steps=done))
-            self.log(done)
+            self.log(args.max_train_steps)
+        if not self.drifted:
+            return self.run
+        good = last_good_checkpoint(args.output_dir)
+        if good is None:
+            raise ADTError(
+                "The validation images drifted, as the warning says, and no earlier validation was good: nothing is "
+                "saved but the checkpoints."
+            )
+        logger.warning(f"The run ends with {good}, the last before its validation images drifted.")
+        accelerator.load_state(str(good))
+        done = checkpoint_iteration(good)
+        if accelerator.is_main_process:
+            for path in list_checkpoints(args.output_dir):
+                if checkpoint_iteration(path) > done:
+                    shutil.rmtree(path)
+        self.run = replace(self.run, args=args.replace(max_train_steps=done))
+        self.draw_and_check(done)
         return self.run
 
     @torch.no_grad()

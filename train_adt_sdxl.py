@@ -526,23 +526,24 @@ def update_discriminator(batches, iteration, adversary, run) -> dict:
     statistics, and each forward's backward comes before the next forward, since data parallelism needs that.
     """
     discriminator, totals = adversary.discriminator, Totals(len(batches))
-    mismatched_weight, others = run.args.mismatched_pair_weight, None
     update_spectral_norm(discriminator.network)
-    references = [adversary.reference_features(batch, "real") for batch in batches]
+    mismatched_weight, references, others = run.args.mismatched_pair_weight, None, None
     if mismatched_weight > 0:
+        references = [adversary.reference_features(batch, "real") for batch in batches]
         others = adversary.mismatched_references(batches, references)
     for n, batch in enumerate(batches):
         with torch.no_grad():
             real = adversary.features(batch, batch.images, "real")
             fake = adversary.features(batch, batch.generated.detach(), "fake")
+        reference = references[n] if references else adversary.reference_features(batch, "real")
         # The augmentation's draw may be shared by the two images of a pair; else the fake has the real's reference.
-        reference = adversary.reference_features(batch, "fake") if adversary.pairing == "shared" else references[n]
-        pairs = [("real", real, references[n], 1.0), ("fake", fake, reference, 1.0)]
+        fake_reference = adversary.reference_features(batch, "fake") if adversary.pairing == "shared" else reference
+        pairs = [("real", real, reference, 1.0), ("fake", fake, fake_reference, 1.0)]
         if others is not None:
             pairs.insert(1, ("mismatched", real, others[n], mismatched_weight))
-        for kind, features, reference, weight in pairs:
+        for kind, features, target, weight in pairs:
             with discriminator.synchronise_if(kind == "fake" and n == len(batches) - 1):
-                scores = discriminator.wrapped(features, reference)
+                scores = discriminator.wrapped(features, target)
                 loss = weight * discriminator_loss(**{f"{kind}_scores": scores})
                 run.accelerator.backward(loss)
             totals.add_means(**{"discriminator_loss": loss, f"{kind}_score": scores.mean()})

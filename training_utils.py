@@ -429,12 +429,14 @@ def check_options(args, parser):
             f"{args.train_batch_size}."
         )
     num_prompts = len(args.validation_prompts or []) if args.adversarial else 0
-    if args.stop_on_drift and num_prompts * args.num_validation_images < 2:
-        parser.error("--stop_on_drift needs an adversary, --validation_prompts and at least two images of them.")
-    if args.drift_clip_model_name_or_path is not None and num_prompts < 2:
-        parser.error("--drift_clip_model_name_or_path needs an adversary and at least two --validation_prompts.")
-    if args.mismatched_pair_weight > 0 and args.discriminator_type == "projected":
-        parser.error("--mismatched_pair_weight needs a discriminator that sees the pair: projected ones do not.")
+    for flag in ("stop_on_drift", "drift_clip_model_name_or_path"):
+        if getattr(args, flag) and num_prompts < 2:
+            parser.error(f"--{flag} needs an adversary and at least two --validation_prompts.")
+    if args.adversarial and args.mismatched_pair_weight > 0:
+        if args.discriminator_type == "projected":
+            parser.error("--mismatched_pair_weight needs a discriminator that sees the pair: projected ones do not.")
+        if args.augmentation_pairing == "shared":
+            parser.error("--mismatched_pair_weight and --augmentation_pairing shared: the augmentation would tell.")
     if args.fuse_lora and not args.use_lora:
         parser.error("--fuse_lora needs --use_lora.")
     if args.lora_dropout > 0 and args.diffusion_loss_weight == 0 and args.adversarial:

@@ -88,7 +88,8 @@ def tune(name, base, steps, options, args, log=None):
     command = [str(word) for word in command]
     # A result is this command's on these weights only.
     digest = hashlib.sha256()
-    for file in sorted(base.glob("*/*.safetensors")):
+    others = [option.glob("*.safetensors") for option in options if isinstance(option, Path)]
+    for file in [*sorted(base.glob("*/*.safetensors")), *(file for files in others for file in sorted(files))]:
         digest.update(file.read_bytes())
     record, text = output / "command.txt", f"{shlex.join(command)}\n# base {digest.hexdigest()}\n"
     if record.is_file() and record.read_text() == text:

@@ -11,6 +11,7 @@ It writes, under `--output_dir`:
     sd3         a tiny `StableDiffusion3Pipeline` that draws the same, with the same VAE and without T5
     dinov2      a tiny `Dinov2Model` for the discriminator
     evaluator   the classifier of `evaluator.py`, for the metrics
+    worlds      for `reproduce.py` (`--only worlds`, 20 minutes): a VAE and a classifier that know all worlds
 """
 
 import argparse

@@ -11,11 +11,13 @@ from accelerate import PartialState
 from conftest import FAMILIES
 from helpers import equal, read_network, read_scalars
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, Dinov2Model
 
 import adversary_utils
 import train_adt_sd15 as train
+from adt_utils import FeatureNetwork
 from adversary_utils import Adversary, DriftGuard, adversarial_weight, path_third
 from output_utils import Validation, last_good_checkpoint, list_checkpoints
 from training_utils import ADTError
@@ -48,7 +50,8 @@ def test_partners_are_found_in_the_global_batch():
         return torch.cat([stacked, torch.stack([layers[0] for layers in references(["a", "c"])])])
 
     accelerator = SimpleNamespace(num_processes=2, process_index=0, device="cpu", gather=gather)
-    adversary = SimpleNamespace(discriminator=SimpleNamespace(run=SimpleNamespace(accelerator=accelerator)))
+    run = SimpleNamespace(accelerator=accelerator)
+    adversary = SimpleNamespace(discriminator=SimpleNamespace(run=run), warned_of_captions=True)
     batches = [SimpleNamespace(captions=["a"]), SimpleNamespace(captions=["b"])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adversary_utils, "gather_object", lambda own: [*own, [["a"], ["c"]]])
@@ -69,7 +72,7 @@ def test_mismatched_scores_are_logged(run):
     assert len(total) == 4
 
 
-def test_equal_captions_are_no_mismatch(run, tmp_path):
+def test_equal_captions_are_no_mismatch(run, tmp_path, caplog):
     data = tiny.make_imagefolder(tmp_path / "data")
     metadata = tmp_path / "data" / "metadata.jsonl"
     rows = [json.loads(line) | {"text": "the same"} for line in metadata.read_text().splitlines()]
@@ -77,6 +80,7 @@ def test_equal_captions_are_no_mismatch(run, tmp_path):
     plain = run("--train_data_dir", data, output_dir="plain")
     paired = run("--train_data_dir", data, "--mismatched_pair_weight", 1)
     assert "mismatched_score" not in read_scalars(paired)
+    assert sum("no mismatched pair" in message for message in caplog.messages) == 1
     assert equal(read_network(plain), read_network(paired))
 
 
@@ -173,9 +177,12 @@ BASE = paint("red", "lime", "blue")
 
 def make_guard(tolerance=0.5, **options):
     PartialState()  # for accelerate's logs
-    args = SimpleNamespace(drift_tolerance=tolerance, drift_clip_model_name_or_path=None, cache_dir=None)
+    args = SimpleNamespace(
+        drift_tolerance=tolerance, drift_clip_model_name_or_path=None, cache_dir=None, stop_on_drift=False
+    )
+    base_images = options.pop("base_images", BASE)
     vars(args).update(options)
-    return DriftGuard(Colours(), ["red", "green", "blue"], BASE, args)
+    return DriftGuard(Colours(), ["red", "green", "blue"], base_images, args)
 
 
 def test_drift_is_the_loss_of_what_tells_prompts_apart(caplog):
@@ -196,10 +203,22 @@ def test_drift_is_the_loss_of_what_tells_prompts_apart(caplog):
     assert make_guard(tolerance=0.3).check(paint("darkred", "darkgreen", "darkblue"))[1]
 
 
-def test_base_images_that_do_not_differ_are_refused():
-    args = SimpleNamespace(drift_tolerance=0.5, drift_clip_model_name_or_path=None)
-    with pytest.raises(ADTError, match="no more like their own base than like others'"):
-        DriftGuard(Colours(), ["a", "b"], paint("red", "red"), args)
+def test_base_images_that_do_not_differ_tell_no_drift(caplog):
+    alike = paint("red", "red", "red")
+    with caplog.at_level(logging.WARNING):
+        guard = make_guard(base_images=alike)
+    assert "drift from it is not looked for" in caplog.text
+    assert guard.check(BASE) == ({}, False)
+    with pytest.raises(ADTError, match="--stop_on_drift needs other --validation_prompts"):
+        make_guard(base_images=alike, stop_on_drift=True)
+
+
+def test_embedding_is_dinov2s_own(dinov2_path):
+    model = Dinov2Model.from_pretrained(dinov2_path)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    network = FeatureNetwork(model, (0,), 16)
+    expected = model(pixel_values=((images + 1) / 2 - network.mean) / network.std).last_hidden_state[:, 0]
+    torch.testing.assert_close(network.embed(images), expected)
 
 
 class Captions(nn.Module):
@@ -213,17 +232,12 @@ class Captions(nn.Module):
         return SimpleNamespace(text_embeds=embeddings, image_embeds=pixels / 127.5 - 1)
 
 
-class Inputs(dict):
-    def to(self, device):
-        return self
-
-
 def test_clip_tells_whether_prompts_are_followed(monkeypatch):
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda path, **hub: Captions())
     monkeypatch.setattr(
         CLIPProcessor,
         "from_pretrained",
-        lambda path, **hub: lambda text, images, **more: Inputs(text=text, images=images),
+        lambda path, **hub: lambda text, images, **more: {"text": text, "images": images},
     )
     guard = make_guard(drift_clip_model_name_or_path="clip")
     kept, drifted = guard.check(paint("darkred", "darkgreen", "darkblue"))
@@ -232,11 +246,18 @@ def test_clip_tells_whether_prompts_are_followed(monkeypatch):
     assert kept["prompt_similarity_kept"] < 0 and drifted
 
 
+@pytest.fixture
+def any_margin(monkeypatch):
+    """The tiny model's text encoder is of random weights: prompts hardly matter to its images."""
+    monkeypatch.setattr(DriftGuard, "LEAST_MARGIN", 0)
+
+
 PROMPTS = ("--validation_prompts", "a red disc", "a blue disc", "--num_validation_images", 1, "--validation_steps", 1)
 
 
 def drift_at(monkeypatch, *iterations):
-    """Has the guard find drift after those iterations."""
+    """Has the guard find drift after those iterations, whatever the images."""
+    monkeypatch.setattr(DriftGuard, "LEAST_MARGIN", 0)
     done = []
     log = Validation.log
     monkeypatch.setattr(Validation, "log", lambda self, iteration: done.append(iteration) or log(self, iteration))
@@ -244,6 +265,14 @@ def drift_at(monkeypatch, *iterations):
         DriftGuard, "check", lambda self, images: ({"base_similarity_kept": 0.1}, done[-1] in iterations)
     )
     return done
+
+
+def test_guard_in_a_run(run, any_margin):
+    """A model that hardly moves keeps all; one that falls apart does not."""
+    still = read_scalars(run(*PROMPTS, "--learning_rate", 1e-9, output_dir="still"))["base_similarity_kept"]
+    assert still == pytest.approx(dict.fromkeys(range(1, 5), 1), abs=0.02)
+    broken = read_scalars(run(*PROMPTS, "--learning_rate", 1))["base_similarity_kept"]
+    assert abs(broken[4] - 1) > 0.2
 
 
 def test_drift_is_logged_and_does_not_stop(run, monkeypatch):
@@ -259,13 +288,36 @@ def test_run_ends_with_the_last_good_checkpoint(run, monkeypatch, caplog):
     more = (*PROMPTS, "--stop_on_drift", "--checkpointing_steps", 1, "--checkpoints_total_limit", 1)
     with caplog.at_level(logging.WARNING):
         output = run(*more, "--max_train_steps", 6)
-    assert done == [1, 2, 3, 2]  # the last are the result's images
+    assert done == [1, 2, 3]
     assert "checkpoint-2, the last before its validation images drifted" in caplog.text
     assert equal(read_network(good), read_network(output))
     assert json.loads((output / "adt_config.json").read_text())["iterations"] == 2
-    # The good one is kept beside the newest, which a later validation found bad.
-    assert {path.name for path in list_checkpoints(output)} == {"checkpoint-2", "checkpoint-3"}
-    assert last_good_checkpoint(output).name == "checkpoint-2"
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2"]  # the limit would have kept the third
+    assert (output / "images" / "prompt-1.png").exists()
+    # Taken up again it goes on from there, and ends there again.
+    output = run(*more, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert done == [1, 2, 3, 3]
+    assert equal(read_network(good), read_network(output))
+
+
+@pytest.mark.parametrize("more", [("--use_ema",), ("--use_lora", "--use_ema")], ids=["ema", "lora"])
+def test_what_a_stopped_run_saves(run, monkeypatch, more):
+    good = run("--max_train_steps", 2, *more, output_dir="good")
+    drift_at(monkeypatch, 3)
+    output = run(*PROMPTS, "--stop_on_drift", *more)
+    name = "pytorch_lora_weights.safetensors" if len(more) > 1 else "unet/diffusion_pytorch_model.safetensors"
+    assert equal(load_file(good / name), load_file(output / name))
+
+
+def test_an_earlier_runs_checkpoint_is_not_taken_for_good(run, monkeypatch, tmp_path):
+    drift_at(monkeypatch)
+    run(*PROMPTS, "--stop_on_drift", "--checkpointing_steps", 1)
+    assert last_good_checkpoint(tmp_path / "out").name == "checkpoint-4"
+    drift_at(monkeypatch, 2)
+    output = run(*PROMPTS, "--stop_on_drift", "--learning_rate", 5e-3)
+    facts = json.loads((output / "adt_config.json").read_text())
+    assert facts["iterations"] == 1 and facts["training_options"]["learning_rate"] == 5e-3
+    assert equal(read_network(output), read_network(run("--max_train_steps", 1, output_dir="other")))  # no update yet
 
 
 def test_drift_before_any_good_checkpoint(run, monkeypatch, tmp_path):
@@ -285,5 +337,5 @@ def test_clip_is_checked_before_anything_is_loaded(run, no_weights, dinov2_path)
     more = (*PROMPTS, "--drift_clip_model_name_or_path")
     with pytest.raises(ADTError, match="--drift_clip_model_name_or_path nowhere is not readable"):
         run(*more, "nowhere")
-    with pytest.raises(ADTError, match="is a 'dinov2', not a CLIP model"):
+    with pytest.raises(ADTError, match="is not readable"):  # no processor
         run(*more, dinov2_path)

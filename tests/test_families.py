@@ -599,7 +599,7 @@ def no_weights(train, monkeypatch):
     def load_weights(*args, **kwargs):
         raise AssertionError("loaded a model before the input was checked")
 
-    for name in ("PromptEncoder", "load_vae", "load_network", "Adversary"):
+    for name in ("PromptEncoder", "load_vae", "load_network", "make_adversary"):
         monkeypatch.setattr(train, name, load_weights)
 
 
