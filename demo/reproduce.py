@@ -54,7 +54,11 @@ METHODS = {
     PLAIN_RATE: [*FINE_TUNING, *COMMON, "--learning_rate", "5e-5", "--lr_warmup_steps", "10"],
     "ADT, as the paper": PAPER,
     "ADT": ADT,
+    "ADT, pairs": [*ADT, "--mismatched_pair_weight", "1"],
     "ADT, recipe": RECIPE,
+    "ADT, recipe, pair weight 3": [*RECIPE, "--mismatched_pair_weight", "3"],
+    "ADT, recipe, gradient ratio 0.3": [*RECIPE, "--adversarial_gradient_ratio", "0.3"],
+    "ADT, recipe, reconstructed": [*RECIPE, "--real_images", "reconstructed"],
     "projected discriminator": [*ADT, "--discriminator_type", "projected"],
     "DRTune's path": [*ADT, "--gradient_path", "drtune"],
     # There is nothing to balance the weight by; Adam does not see its scale.

@@ -81,6 +81,10 @@ def test_methods_change_what_they_say(tmp_path):
     assert changes("DRTune's path") == {"gradient_path"}
     assert changes("no diffusion loss") == {"diffusion_loss_weight", "adversarial_loss_weight"}
     assert changes("ADT, recipe") == {"mismatched_pair_weight", "use_ema", "ema_decay"}
+    assert changes("ADT, pairs") == {"mismatched_pair_weight"}
+    assert changes("ADT, recipe, pair weight 3", "ADT, recipe") == {"mismatched_pair_weight"}
+    assert changes("ADT, recipe, gradient ratio 0.3", "ADT, recipe") == {"adversarial_gradient_ratio"}
+    assert changes("ADT, recipe, reconstructed", "ADT, recipe") == {"real_images"}
     assert changes(EQUAL_COMPUTE, "fine-tuning") == set()
     assert changes("fine-tuning at ADT's rate", "fine-tuning") == {"learning_rate", "lr_warmup_steps"}
     assert not {"learning_rate", "lr_warmup_steps"} & changes("fine-tuning at ADT's rate")
