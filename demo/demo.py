@@ -91,7 +91,8 @@ def tune(name, base, steps, options, args, log=None):
     others = [option.glob("*.safetensors") for option in options if isinstance(option, Path)]
     for file in [*sorted(base.glob("*/*.safetensors")), *(file for files in others for file in sorted(files))]:
         digest.update(file.read_bytes())
-    record, text = output / "command.txt", f"{shlex.join(command)}\n# base {digest.hexdigest()}\n"
+    text = f"{shlex.join(command)}\n# base {digest.hexdigest()}\n".replace(str(DEMO.parent), ".")
+    record = output / "command.txt"
     if record.is_file() and record.read_text() == text:
         if (output / "model_index.json").is_file():
             print(f"{output} is there.", flush=True)

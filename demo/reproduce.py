@@ -223,7 +223,8 @@ def verdict(values, method, seeds) -> dict:
         "goal": goal / plain.mean(),
         "distance": bool(own.mean() <= goal),
         "difference": own_followed.mean() - plain_followed.mean(),
-        "prompts": bool(own_followed.mean() >= plain_followed.mean() - spread),
+        # One seed has no spread.
+        "prompts": bool(own_followed.mean() >= plain_followed.mean() - spread) if len(seeds) > 1 else None,
     }
 
 
@@ -234,7 +235,7 @@ def verdict_lines(values, methods, seeds) -> list[str]:
         for method in methods:
             if method.startswith("ADT"):
                 one = verdict(found, method, seeds)
-                marks = ["reached" if one[name] else "missed" for name in ("distance", "prompts")]
+                marks = [{True: "reached", False: "missed", None: "–"}[one[name]] for name in ("distance", "prompts")]
                 lines.append(
                     f"| {situation} | {method} | {one['ratio']:.2f} | {one['goal']:.2f} | {marks[0]} | "
                     f"{100 * one['difference']:+.1f} points | {marks[1]} |"
@@ -251,7 +252,7 @@ def draw_frontier(values, methods, seeds, path):
             marker = "o" if method.startswith("ADT") else "s"
             axes.errorbar(x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt=marker, label=method)
         axes.axvline(found["VAE floor"]["fid"], linestyle="--", color="gray", label="the VAE's floor")
-        axes.set(title=situation, xlabel="Fréchet distance", ylabel=FOLLOWED)
+        axes.set(title=situation, xlabel="Fréchet distance", ylabel=FOLLOWED, xlim=(0, None), ylim=(0, 1))
     figure.get_axes()[-1].legend(fontsize="x-small")
     figure.savefig(path, dpi=100)
 
@@ -269,7 +270,7 @@ def write_report(values, args):
         f"(ε-prediction, Stable Diffusion 1.5's schedule, 32×32 pixels), batches of 8: `start` is {START_STEPS} "
         f"iterations of plain fine-tuning, and each method is {STEPS} iterations more from there, but for "
         f"“{EQUAL_COMPUTE}”: {equal_compute_steps()} iterations, as many network evaluations as ADT's. "
-        f"Seeds {', '.join(map(str, args.seeds))}, which decide the training alone. Each number is of "
+        f"Seeds: {', '.join(map(str, args.seeds))}; they decide the training alone. Each number is of "
         f"{args.num_images} images of captions and against images that no training saw, drawn from the same noise "
         f"with guidance 3 and {SAMPLER}" + (": mean ± standard deviation over the seeds." if several else "."),
         "",

@@ -132,6 +132,7 @@ def test_verdict(own, floor, followed, distance, prompts):
     found = reproduce.verdict(make_values(own, (10, 10), floor, followed), "ADT", [0, 1])
     assert (found["distance"], found["prompts"]) == (distance, prompts)
     assert found["ratio"] == pytest.approx(np.mean(own) / 10)
+    assert reproduce.verdict(make_values(own, (10, 10), floor, followed), "ADT", [0])["prompts"] is None
 
 
 def test_report(tmp_path, capsys):
