@@ -122,7 +122,8 @@ def test_diffusion_loss_weights(monkeypatch):
     """Min-SNR weights by hand: gamma 5 at SNR 9 and 1, for noise and for velocity."""
     latents, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 3.0)
     conditions = Conditions(negative=None, positive=None, loss=None)
-    batch = Batch(None, latents, None, noise, None, conditions, None)
+    unused = dict.fromkeys(("captions", "images", "noise", "density", "augmentation"))
+    batch = Batch(latents=latents, loss_noise=noise, conditions=conditions, **unused)
     alpha = torch.tensor([0.9, 0.5]).sqrt().view(2, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     monkeypatch.setattr(train, "call_network", lambda *arguments: torch.zeros(2, 1, 1, 1))
