@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo demo-sd3 reproduce test quality docs clean
+.PHONY: demo demo-sd3 reproduce related test quality docs clean
 
 .venv/installed: requirements.txt requirements-evaluate.txt constraints.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -17,9 +17,13 @@ demo: .venv/installed
 demo-sd3: .venv/installed
 	$(BIN)/python demo/demo.py --family sd3
 
-# All methods in all worlds, three seeds: about ten hours on two cores; started again, it goes on where it was.
+# All methods in all worlds, three seeds: three to ten hours on two cores; started again, it goes on where it was.
 reproduce: .venv/installed
 	$(BIN)/python demo/reproduce.py
+
+# The related systems; from `reproduce`'s starts, where they are there: about three hours on two cores.
+related: .venv/installed
+	$(BIN)/python demo/reproduce_related.py
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 tests

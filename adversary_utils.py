@@ -13,7 +13,7 @@
 # limitations under the License.
 """The adversary of a run: its discriminator, what it sees images through, and what it says about a run.
 
-- `check_feature_network`, `norm_group`: what is known before a model is loaded;
+- `check_feature_network`, `check_adversary`, `norm_group`: what is known before a model is loaded;
 - `make_adversary`, `Adversary`: features, references, the discriminator's update;
 - `adversarial_weight`: the balance of the generator's two losses;
 - `score_gap`, `reconstruction_difference`: what shows by what the discriminator tells real from generated;
@@ -21,8 +21,6 @@
 
 It stands on `adt_utils.py`, where the discriminators are, on `training_utils.py` and on `data_utils.py`.
 """
-
-import contextlib
 
 import numpy as np
 import torch
@@ -45,7 +43,6 @@ from training_utils import (
     make_lr_scheduler,
     make_optimizer,
     prepare_trained,
-    trainable_parameters,
     vae_factor,
 )
 
@@ -58,9 +55,7 @@ SATURATION_GAP, SATURATION_ITERATIONS = 1.8, 300
 
 
 def check_feature_network(args):
-    """Refuses, by their configurations, a feature network and a CLIP model that do not suit their options."""
-    if not args.adversarial:
-        return
+    """Refuses, by its configuration, a feature network that does not suit its options."""
     path = args.discriminator_model_name_or_path
     try:
         config = AutoConfig.from_pretrained(path, cache_dir=args.cache_dir)
@@ -70,6 +65,13 @@ def check_feature_network(args):
         FeatureNetwork.check_config(config, args.discriminator_layers, args.discriminator_resolution)
     except ValueError as error:
         raise ADTError(str(error)) from error
+
+
+def check_adversary(args):
+    """Refuses, by their configurations, a feature network and a CLIP model that do not suit their options."""
+    if not args.adversarial:
+        return
+    check_feature_network(args)
     path = args.drift_clip_model_name_or_path
     if path is None:
         return
@@ -177,21 +179,6 @@ class Adversary:
             everywhere = everywhere.transpose(0, 1).flatten(0, 2)  # by position in the global batch
             found.append([everywhere[rows] for rows in own])
         return [list(features) for features in zip(*found)]
-
-    @contextlib.contextmanager
-    def frozen(self):
-        """A context with the discriminator to score with: the gradient goes to the images, its weights stay.
-
-        It is not the wrapped one, because data parallelism would wait for gradients of its parameters.
-        """
-        network = self.discriminator.network
-        trained = trainable_parameters(network)
-        network.requires_grad_(False)
-        try:
-            yield network
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
     def step(self, iteration):
         """The discriminator's update; then its twin heads follow, where it has them."""

@@ -35,9 +35,10 @@ from itertools import product
 from pathlib import Path
 
 import datasets
+import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from huggingface_hub import hf_hub_download
@@ -202,13 +203,17 @@ class Candidate:
     run: str | None = None
     iteration: int | None = None
     training: dict | None = None  # the facts in `adt_config.json`
+    scheduler: str | None = None  # a scheduler's configuration, in place of the pipeline's
 
 
 def find_candidates(args) -> list[Candidate]:
     candidates = []
     for name, path in args.pipelines.items():
         lora = args.lora.get(name)
-        candidates.append(Candidate(name, path, lora, training=read_training_facts(lora or path, args)))
+        candidate = Candidate(name, path, lora, training=read_training_facts(lora or path, args))
+        if lora is not None:  # adapters come with the sampler that they were trained for
+            candidate.scheduler = find_file(lora, "scheduler/scheduler_config.json", args)
+        candidates.append(candidate)
     for run, folder in args.checkpoints.items():
         candidates += checkpoint_candidates(run, Path(folder))
     return candidates
@@ -216,15 +221,20 @@ def find_candidates(args) -> list[Candidate]:
 
 def read_training_facts(path, args) -> dict | None:
     """What a training run wrote beside its result; None where there was none."""
-    file = Path(path, "adt_config.json")
-    if not Path(path).is_dir():
-        try:
-            file = hf_hub_download(path, "adt_config.json", cache_dir=args.cache_dir)
-        except (EntryNotFoundError, ValueError):  # the repository has none, or this is no repository
-            return None
-        except OSError as error:
-            raise EvaluationError(f"--pipelines: {path} cannot be read from the Hub: {error}") from error
-    return json.loads(Path(file).read_text()) if Path(file).is_file() else None
+    file = find_file(path, "adt_config.json", args)
+    return None if file is None else json.loads(Path(file).read_text())
+
+
+def find_file(path, name, args) -> str | None:
+    """A file of a folder, or of a repository on the Hub; None where there is none."""
+    if Path(path).is_dir():
+        return str(Path(path, name)) if Path(path, name).is_file() else None
+    try:
+        return hf_hub_download(path, name, cache_dir=args.cache_dir)
+    except (EntryNotFoundError, ValueError):  # the repository has none, or this is no repository
+        return None
+    except OSError as error:
+        raise EvaluationError(f"--pipelines: {path} cannot be read from the Hub: {error}") from error
 
 
 def checkpoint_candidates(run, folder) -> list[Candidate]:
@@ -248,6 +258,9 @@ def checkpoint_candidates(run, folder) -> list[Candidate]:
                 candidate.path = str(folder)
         else:
             candidate.lora = str((averaged or [checkpoint])[0])
+        if candidate.path != str(folder):  # the sampler of the run, as soon as that has a result
+            file = folder / "scheduler" / "scheduler_config.json"
+            candidate.scheduler = str(file) if file.is_file() else None
         candidates.append(candidate)
     return candidates
 
@@ -366,6 +379,9 @@ def load_pipeline(candidate, args, device):
         pipeline.register_modules(**{role: network})
     if candidate.lora is not None:
         pipeline.load_lora_weights(candidate.lora, cache_dir=args.cache_dir)
+    if candidate.scheduler is not None:
+        config = json.loads(Path(candidate.scheduler).read_text())
+        pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -404,8 +420,13 @@ def check_candidate(candidate, args) -> dict:
     if args.resolution % pipeline.vae_scale_factor:
         raise EvaluationError(f"--resolution {args.resolution} is not a multiple of {pipeline.vae_scale_factor}.")
     samplers = {}
-    for sampler, _ in args.sampler:
+    for sampler, steps in args.sampler:
         scheduler = make_scheduler(sampler, pipeline.scheduler)
+        if isinstance(scheduler, LCMScheduler) and steps > scheduler.config.original_inference_steps:
+            raise EvaluationError(
+                f"--sampler {sampler}:{steps}: {candidate.name} was distilled into "
+                f"{scheduler.config.original_inference_steps} steps."
+            )
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         samplers[sampler] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
     folder, index = find_folder(candidate, args), load_index(candidate.path, args)
@@ -494,15 +515,33 @@ def write_settings(directory, settings):
 
 def draw(pipeline, captions, run, args, indices) -> list[Image.Image]:
     """What the pipeline makes of the captions with these indices, with a run's steps and guidance scale."""
+    # An image's own: the same noise for every pipeline, whatever the batch.
+    generators = [make_generator(args.seed, "evaluation", index) for index in indices]
+    scheduler, steps = pipeline.scheduler, {"num_inference_steps": run["steps"]}
+    if scheduler.config.get("stochastic_sampling", False):
+        # A few-step flow-matching model's: by a number of steps the last would be made at next to no noise, and its
+        # pipelines do not hand on the generator to the noise between the steps.
+        steps = {"sigmas": few_step_sigmas(run["steps"], run.get("student_sigmas"))}
+        scheduler.step = functools.partial(type(scheduler).step, scheduler, generator=generators)
     return pipeline(
         [captions[index] for index in indices],
-        # An image's own: the same noise for every pipeline, whatever the batch.
-        generator=[make_generator(args.seed, "evaluation", index) for index in indices],
-        num_inference_steps=run["steps"],
+        generator=generators,
+        **steps,
         guidance_scale=run["guidance_scale"],
         height=args.resolution,
         width=args.resolution,
     ).images
+
+
+def few_step_sigmas(num_steps, student_sigmas) -> list[float]:
+    """What a few-step flow-matching model is called with: some of `student_sigmas`, where they are as many.
+
+    Args:
+        student_sigmas: what the model's training says that it is called with, a list; or None.
+    """
+    if student_sigmas is None or num_steps > len(student_sigmas):
+        return [1 - n / num_steps for n in range(num_steps)]
+    return [student_sigmas[n * len(student_sigmas) // num_steps] for n in range(num_steps)]
 
 
 @torch.no_grad()
@@ -631,7 +670,14 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
         {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
         for candidate, (sampler, steps), guidance_scale in product(candidates, args.sampler, args.guidance_scale)
     ]
+    student_sigmas = {
+        candidate.name: candidate.training["inference"]["sigmas"]
+        for candidate in candidates
+        if candidate.training is not None and "sigmas" in candidate.training["inference"]
+    }
     for run in runs:
+        if run["pipeline"] in student_sigmas:
+            run["student_sigmas"] = student_sigmas[run["pipeline"]]
         setting = f"{run['sampler']}-{run['steps']}-guidance-{run['guidance_scale']:g}"
         run["images"] = {name: str(Path("images", name, run["pipeline"], setting)) for name in sets}
     report = {

@@ -44,6 +44,7 @@ from adversary_utils import DriftGuard, norm_group
 from data_utils import make_generator
 from training_utils import (
     ADTError,
+    Method,
     Nature,
     averaged_weights,
     check_latents,
@@ -385,9 +386,12 @@ class Validation:
         for j in range(args.num_validation_images):
             generator = make_generator(args.seed, "validation", n, j)
             noise = torch.randn((1, vae.config.latent_channels, side, side), generator=generator)
+            # A sampler that adds noise draws it from here in the pipelines that hand it no generator, such as SD3's.
+            torch.manual_seed(generator.initial_seed())
             latents = pipeline(
                 **embeddings,
                 latents=noise.to(self.run.accelerator.device),
+                generator=generator,  # of a sampler that adds noise
                 height=args.resolution,
                 width=args.resolution,
                 output_type="latent",
@@ -461,17 +465,25 @@ base model applies. The same facts are in `adt_config.json`.
 |---|---|
 {% for key, value in options.items() %}| `{{ key }}` | {{ value }} |
 {% endfor %}"""
-PLAIN_KIND = "plain fine-tuning with the diffusion loss"
-ADT_KIND = (
-    "Adversarial Diffusion Tuning: the sampler below was run with guidance during training, and a {discriminator} "
-    "discriminator on DINOv2 features told its images from the real ones"
-)
-PLAIN_SAMPLING = "The saved scheduler and the call above ({described}) are a choice: training has not sampled."
-ADT_SAMPLING = (
-    "The saved scheduler is the one it was trained with, and the call above samples as in training ({described}). "
-    "Other samplers work, but training has not seen them."
+PLAIN = Method(
+    name="fine-tuning",
+    kind="plain fine-tuning with the diffusion loss",
+    sampling="The saved scheduler and the call above ({described}) are a choice: training has not sampled.",
 )
 FUSED = " The adapters are in the weights already: do not load the file with them on top."
+
+
+def adt_or_plain(args) -> Method:
+    """What the options of a family's script ask for."""
+    if not args.adversarial:
+        return PLAIN
+    return Method(
+        name="adversarial diffusion tuning",
+        kind="Adversarial Diffusion Tuning: the sampler below was run with guidance during training, and a "
+        f"{args.discriminator_type} discriminator on DINOv2 features told its images from the real ones",
+        sampling="The saved scheduler is the one it was trained with, and the call above samples as in training "
+        "({described}). Other samplers work, but training has not seen them.",
+    )
 
 
 def create_output(args, accelerator) -> str | None:
@@ -571,7 +583,7 @@ def training_facts(sampler, call, run) -> dict:
     sampler_facts = {name: sampler.config[name] for name in run.family.sampler_facts if name in sampler.config}
     return {
         "base_model": args.public()["pretrained_model_name_or_path"],
-        "method": "adversarial diffusion tuning" if args.adversarial else "fine-tuning",
+        "method": run.method.name,
         "iterations": args.max_train_steps,
         "generator_updates": run.num_generator_updates,
         "global_batch_size": run.global_batch_size,
@@ -593,7 +605,6 @@ def write_model_card(sampler, has_images, run):
     Path(args.output_dir, "adt_config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["inference"].items())
-    kind, sampling = (ADT_KIND, ADT_SAMPLING) if args.adversarial else (PLAIN_KIND, PLAIN_SAMPLING)
     loading, imports = pipeline_loading(sampler, run)
     data = ModelCardData(
         library_name="diffusers",
@@ -607,12 +618,14 @@ def write_model_card(sampler, has_images, run):
         template_str=MODEL_CARD,
         name=Path(args.output_dir).resolve().name,
         base=facts["base_model"],
-        kind=kind.format(discriminator=args.discriminator_type),
+        kind=run.method.kind,
         loading=loading,
         imports=imports,
         prompt=json.dumps(args.validation_prompts[0] if args.validation_prompts else "a lighthouse at dusk"),
         call=call,
-        sampling=sampling.format(described=described) + FUSED * args.fuse_lora + family.inference_note(args),
+        sampling=run.method.sampling.format(described=described)
+        + FUSED * args.fuse_lora
+        + family.inference_note(args),
         image_prompts=args.validation_prompts if has_images else [],
         facts=facts,
         options={name: str(value).replace("|", "\\|") for name, value in sorted(facts["training_options"].items())},

@@ -53,7 +53,7 @@ from adt_utils import (
     starting_latents,
     update_spectral_norm,
 )
-from adversary_utils import adversarial_weight, check_feature_network, make_adversary, score_gap
+from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
 from data_utils import (
     check_used_images,
     draw_per_image,
@@ -63,6 +63,7 @@ from data_utils import (
 )
 from output_utils import (
     Validation,
+    adt_or_plain,
     create_output,
     find_checkpoint,
     load_checkpoint,
@@ -207,7 +208,7 @@ def check_models(args, device=None):
         raise ADTError(f"{path} has its guidance distilled into the UNet, so guidance cannot be simulated.")
     sampler = make_sampler(args, scheduler_config, device)
     noise_scheduler = DDPMScheduler.from_config(scheduler_config, prediction_type=sampler.config.prediction_type)
-    check_feature_network(args)
+    check_adversary(args)
     check_lora(args, UNet2DConditionModel, unet_config)
     return sampler, noise_scheduler, unet_config["sample_size"] * factor
 
@@ -464,7 +465,7 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
     """Step 7: `-E[D(y_hat, y)] + lambda L_diff`, the first part by replaying the chosen steps one at a time."""
     args, accelerator, sampler = run.args, run.accelerator, models.sampler
     totals, vectors = Totals(len(batches)), []
-    with adversary.frozen() as scorer:
+    with adversary.discriminator.frozen() as scorer:
         for batch in batches:
             features = adversary.features(batch, batch.generated, "generator")
             loss = generator_loss(scorer(features, adversary.reference_features(batch, "generator")))
@@ -548,7 +549,9 @@ def main(args):
     checkpoint, first_iteration = find_checkpoint(args, accelerator)
     check_used_images(dataset, first_iteration, args, accelerator)
     repo_id = create_output(args, accelerator)
-    run = Run(FAMILY, args, accelerator, dataset, checkpoint, first_iteration, default_size, repo_id)
+    run = Run(
+        FAMILY, adt_or_plain(args), args, accelerator, dataset, checkpoint, first_iteration, default_size, repo_id
+    )
     tune(sampler, noise_scheduler, run)
     end_run(accelerator)
 

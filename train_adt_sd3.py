@@ -68,7 +68,7 @@ from adt_utils import (
     starting_latents,
     update_spectral_norm,
 )
-from adversary_utils import adversarial_weight, check_feature_network, make_adversary, score_gap
+from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
 from data_utils import (
     EmbeddingCache,
     check_used_images,
@@ -81,6 +81,7 @@ from data_utils import (
 )
 from output_utils import (
     Validation,
+    adt_or_plain,
     create_output,
     find_checkpoint,
     load_checkpoint,
@@ -298,7 +299,7 @@ def check_models(args, device=None):
         raise ADTError(f"The VAE of {vae_path or path} has no shift_factor: it is no VAE of SD3's.")
     sampler = make_sampler(args, scheduler_config, side * side, device)
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
-    check_feature_network(args)
+    check_adversary(args)
     check_lora(args, SD3Transformer2DModel, transformer_config)
     return sampler, noise_scheduler, transformer_config["sample_size"] * factor
 
@@ -647,7 +648,7 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
     """Step 7: `-E[D(y_hat, y)] + lambda L_diff`, the first part by replaying the chosen steps one at a time."""
     args, accelerator, sampler = run.args, run.accelerator, models.sampler
     totals, vectors = Totals(len(batches)), []
-    with adversary.frozen() as scorer:
+    with adversary.discriminator.frozen() as scorer:
         for batch in batches:
             features = adversary.features(batch, batch.generated, "generator")
             loss = generator_loss(scorer(features, adversary.reference_features(batch, "generator")))
@@ -736,7 +737,9 @@ def main(args):
     checkpoint, first_iteration = find_checkpoint(args, accelerator)
     check_used_images(dataset, first_iteration, args, accelerator)
     repo_id = create_output(args, accelerator)
-    run = Run(FAMILY, args, accelerator, dataset, checkpoint, first_iteration, default_size, repo_id)
+    run = Run(
+        FAMILY, adt_or_plain(args), args, accelerator, dataset, checkpoint, first_iteration, default_size, repo_id
+    )
     tune(sampler, noise_scheduler, run)
     end_run(accelerator)
 

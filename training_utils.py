@@ -17,7 +17,7 @@ The sections can be read alone:
 
 - options: `Nature`, `Options`, the groups of options that scripts share, `parse_options`;
 - samplers of models with a variance-preserving schedule: `SAMPLERS`, `configure_sampler`;
-- the run: `Family`, `Run`, `start_accelerator`, `Progress`, `end_run`;
+- the run: `Family`, `Method`, `Run`, `start_accelerator`, `Progress`, `end_run`;
 - frozen and trained networks: `load_vae`, `prepare_network`, `sample_posterior`, `decode_checkpointed`;
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
@@ -110,7 +110,7 @@ class Options(argparse.Namespace):
     def public(self) -> dict:
         """The options for cards, trackers and files that may be published: no token, no path of this machine."""
         hidden = self.of_nature(Nature.PRIVATE, Nature.SECRET)
-        options = {name: value for name, value in vars(self).items() if name not in hidden}
+        options = {name: value for name, value in vars(self).items() if name in self.natures and name not in hidden}
         for name, value in options.items():
             if name.endswith("name_or_path") or name == "dataset_name":
                 options[name] = Path(value).name if value is not None and os.path.isdir(value) else value
@@ -252,17 +252,17 @@ def add_training_arguments(parser):
     add("--allow_tf32", Nature.FREE, action=BOOLEAN, default=False, help="Faster float32 on Ampere and later.")
     add("--learning_rate", type=positive_float, help="The generator's.")
     add("--scale_lr", action=BOOLEAN, default=False,
-        help="Multiply both learning rates by the global batch size; cards have the product.")  # fmt: skip
+        help="Multiply the learning rates by the global batch size; cards have the product.")  # fmt: skip
     add("--lr_scheduler", choices=[kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
-        default="constant_with_warmup", help="Of both optimizers, each counted in its own updates.")  # fmt: skip
+        default="constant_with_warmup", help="Of each optimizer, counted in its own updates.")  # fmt: skip
     add("--lr_warmup_steps", type=non_negative_int, default=500, help="In generator updates.")
     add("--lr_num_cycles", type=int, default=1, help="Of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Of polynomial.")
     add("--use_8bit_adam", action=BOOLEAN, default=False, help="The generator's; needs bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, help="Of both optimizers.")
-    add("--adam_beta2", type=float, default=0.999, help="Of both optimizers.")
-    add("--adam_weight_decay", type=float, default=1e-2, help="Of both optimizers.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Of both optimizers.")
+    add("--adam_beta1", type=float, default=0.9, help="Of each optimizer.")
+    add("--adam_beta2", type=float, default=0.999, help="Of each optimizer.")
+    add("--adam_weight_decay", type=float, default=1e-2, help="Of each optimizer.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Of each optimizer.")
     add("--max_grad_norm", type=positive_float, default=1.0, help="Gradients are clipped to it, each network's.")
     add("--use_ema", action=BOOLEAN, default=False, help="Average the generator's weights.")
     add("--ema_decay", type=share, default=0.9999, help="Of that average, in generator updates.")
@@ -459,11 +459,9 @@ def resolve_schedule(args, num_images, accelerator) -> Options:
     if args.max_train_steps is None:
         args = args.replace(max_train_steps=math.ceil(args.num_train_epochs * num_images / batch_size))
     if args.scale_lr:
-        args = args.replace(
-            learning_rate=args.learning_rate * batch_size,
-            discriminator_learning_rate=args.discriminator_learning_rate * batch_size,
-            scale_lr=False,  # from here on the rates are what they say
-        )
+        rates = ("learning_rate", "discriminator_learning_rate")
+        scaled = {name: getattr(args, name) * batch_size for name in rates if name in args.natures}
+        args = args.replace(**scaled, scale_lr=False)  # from here on the rates are what they say
     if count_generator_updates(args) == 0:
         logger.warning("The generator is never updated: --max_train_steps is too small for the first update.")
     return args
@@ -543,11 +541,40 @@ class Family:
     inference_note: Callable = lambda args: ""
 
 
+def is_generator_iteration(iteration, args) -> bool:
+    """Whether the 0-based `iteration` updates the generator."""
+    if not args.adversarial:
+        return True
+    return iteration >= args.generator_start_step and (iteration + 1) % args.generator_update_interval == 0
+
+
+def count_generator_updates(args) -> int:
+    return sum(is_generator_iteration(k, args) for k in range(args.max_train_steps))
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the shared code needs to know of a training method.
+
+    Attributes:
+        name: `adt_config.json`'s.
+        kind: how the model card's first sentence ends, "Tuned from `base` by ...".
+        sampling: what the card says of the call; `{described}` becomes what it samples by.
+        count_updates: (args) to the generator's updates in a whole run.
+    """
+
+    name: str
+    kind: str
+    sampling: str
+    count_updates: Callable = count_generator_updates
+
+
 @dataclass(frozen=True)
 class Run:
     """What is known of a run once its input is checked, before any model is loaded."""
 
     family: Family
+    method: Method
     args: Options = field(repr=False)  # which may hold a token
     accelerator: Accelerator
     dataset: datasets.Dataset
@@ -562,18 +589,7 @@ class Run:
 
     @property
     def num_generator_updates(self) -> int:
-        return count_generator_updates(self.args)
-
-
-def is_generator_iteration(iteration, args) -> bool:
-    """Whether the 0-based `iteration` updates the generator."""
-    if not args.adversarial:
-        return True
-    return iteration >= args.generator_start_step and (iteration + 1) % args.generator_update_interval == 0
-
-
-def count_generator_updates(args) -> int:
-    return sum(is_generator_iteration(k, args) for k in range(args.max_train_steps))
+        return self.method.count_updates(self.args)
 
 
 def start_accelerator(args) -> Accelerator:
@@ -606,7 +622,7 @@ def start_accelerator(args) -> Accelerator:
         )
     if args.use_8bit_adam and not transformers.utils.is_bitsandbytes_available():
         raise ADTError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
-    if not args.adversarial:
+    if not args.adversarial and "adversarial_loss_weight" in args.natures:
         logger.info(
             "--adversarial_loss_weight is 0: plain fine-tuning. --diffusion_loss_weight, --generator_update_interval, "
             "--generator_start_step and the discriminator's options are ignored."
@@ -946,6 +962,20 @@ class Trained:
         if self.run.args.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
+    @contextlib.contextmanager
+    def frozen(self):
+        """A context with the network to score by: the gradient goes to what it is given, its weights stay.
+
+        It is not the wrapped one, because data parallelism would wait for gradients of its parameters.
+        """
+        trained = trainable_parameters(self.network)
+        self.network.requires_grad_(False)
+        try:
+            yield self.network
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
     def averaged(self):
         """A context with the averaged weights in place of the trained ones, where there is an average."""
         return averaged_weights(self.network, self.ema)
@@ -956,12 +986,16 @@ def averaged_weights(network, ema):
     if ema is None:
         yield
         return
-    ema.store(trainable_parameters(network))
-    ema.copy_to(trainable_parameters(network))
+    parameters = trainable_parameters(network)
+    own = [parameter.data for parameter in parameters]
+    # Exchanged, not copied: `EMAModel.store` would move the weights to the CPU and back.
+    for parameter, average in zip(parameters, ema.shadow_params, strict=True):
+        parameter.data = average.to(parameter.device, parameter.dtype)
     try:
         yield
     finally:
-        ema.restore(trainable_parameters(network))
+        for parameter, data in zip(parameters, own, strict=True):
+            parameter.data = data
 
 
 def prepare_generator(network, run) -> Trained:

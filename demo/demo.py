@@ -54,6 +54,8 @@ ADVERSARIAL = [
     "--discriminator_layers", "-1", "1", "3", "5", "--discriminator_resolution", "32",
     "--augmentation_policy",
 ]  # fmt: skip
+# What holds the prompt (`benchmarks/reproduction.md`).
+HOLDING = ["--mismatched_pair_weight", "1", "--use_ema", "--ema_decay", "0.97"]
 
 
 def parse_args():
@@ -71,19 +73,23 @@ def parse_args():
     return args
 
 
-def tune(name, base, steps, options, args, log=None):
-    """Runs the training script unless the same command's result is there. Returns the tuned pipeline's folder.
+def tune(name, base, steps, options, args, log=None, module=None):
+    """Runs a training script unless the same command's result is there. Returns the tuned pipeline's folder.
 
-    `log` is a file for what the script prints, which else goes to the terminal.
+    `log` is a file for what the script prints, which else goes to the terminal. `module` is run in place of the
+    family's script, such as `related.train_add`, and has all its options in `options`.
     """
     output = args.output_dir / name
+    script, discriminator, sampling = ["-m", module, "--family", args.family], [], []
+    if module is None:
+        script = [f"train_adt_{args.family}.py"]
+        discriminator = ["--discriminator_model_name_or_path", args.assets / "dinov2"]
+        sampling = [word for key, value in SAMPLING[args.family].items() for word in (f"--{key}", value)]
     command = [
         "accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", f"train_adt_{args.family}.py", "--pretrained_model_name_or_path", base,
+        "--dynamo_backend", "no", *script, "--pretrained_model_name_or_path", base,
         "--train_data_dir", args.data, "--output_dir", output, "--max_train_steps", steps,
-        "--seed", args.seed, "--discriminator_model_name_or_path", args.assets / "dinov2",
-        "--resume_from_checkpoint", "latest", *TRAINING, *options,
-        *(word for name, value in SAMPLING[args.family].items() for word in (f"--{name}", value)),
+        "--seed", args.seed, *discriminator, "--resume_from_checkpoint", "latest", *TRAINING, *options, *sampling,
     ]  # fmt: skip
     command = [str(word) for word in command]
     # A result is this command's on these weights only.
@@ -191,7 +197,7 @@ def main():
         subprocess.run(command, check=True)
     fine_tuned = tune("fine-tuned", base, args.fine_tuning_steps, FINE_TUNING, args)
     longer = tune("longer", fine_tuned, args.adt_steps, FINE_TUNING, args)
-    adt = tune("adt", fine_tuned, args.adt_steps, ADVERSARIAL, args)
+    adt = tune("adt", fine_tuned, args.adt_steps, [*ADVERSARIAL, *HOLDING], args)
 
     real, captions, attributes = draw("shaded", args.num_samples, seed=2)
     real = torch.from_numpy(real).permute(0, 3, 1, 2) / 255

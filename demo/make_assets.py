@@ -12,6 +12,7 @@ It writes, under `--output_dir`:
     dinov2      a tiny `Dinov2Model` for the discriminator
     evaluator   the classifier of `evaluator.py`, for the metrics
     worlds      for `reproduce.py` (`--only worlds`, 20 minutes): a VAE and a classifier that know all worlds
+    resnet      for `reproduce_related.py` (`--only resnet`, a minute): a tiny classifier of the class `ResNetModel`
 """
 
 import argparse
@@ -45,12 +46,15 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    ResNetConfig,
+    ResNetModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from worlds import WORLDS, draw
 
 
-STAGES = ("vae", "unet", "evaluator", "dinov2")  # and sd3 and worlds, where they are named
+STAGES = ("vae", "unet", "evaluator", "dinov2")
+NAMED = ("sd3", "worlds", "resnet")  # only where they are named
 LOOKS = tuple(world for world in WORLDS if world != "correlated")  # which looks like `shaded`
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -60,15 +64,14 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "assets")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", nargs="*", choices=[*STAGES, "sd3", "worlds"], default=STAGES, help="The VAE is first."
-    )
+    parser.add_argument("--only", nargs="*", choices=[*STAGES, *NAMED], default=STAGES, help="The VAE is first.")
     parser.add_argument("--vae_steps", type=int, default=1600)
     parser.add_argument("--unet_steps", type=int, default=2500)
     parser.add_argument("--evaluator_steps", type=int, default=1500)
     parser.add_argument("--dinov2_steps", type=int, default=1200)
     parser.add_argument("--sd3_steps", type=int, default=2500)
     parser.add_argument("--worlds_steps", type=int, default=1500)
+    parser.add_argument("--resnet_steps", type=int, default=800)
     return parser.parse_args()
 
 
@@ -377,6 +380,22 @@ def train_dinov2(output_dir, steps, seed):
     backbone.save_pretrained(output_dir / "dinov2")
 
 
+def train_resnet(output_dir, steps, seed):
+    """The classifier whose features the diffusion-GAN hybrid's discriminator looks at."""
+    backbone = ResNetModel(
+        ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic")
+    )
+    classes = {**ATTRIBUTES, "style": DEMO_WORLDS}
+    heads = nn.ModuleDict({key: nn.Linear(64, len(values)) for key, values in classes.items()})
+
+    def logits(images):
+        features = backbone((images - IMAGENET_MEAN) / IMAGENET_STD).pooler_output.flatten(1)
+        return {key: head(features) for key, head in heads.items()}
+
+    train_classifier("resnet", nn.ModuleList([backbone, heads]), logits, steps, 1e-3, seed)
+    backbone.save_pretrained(output_dir / "resnet")
+
+
 @torch.no_grad()
 def measure(output_dir, seed, count=1000):
     """Prints what the saved pipeline reconstructs and draws, as the saved evaluator sees it."""
@@ -420,7 +439,7 @@ def measure(output_dir, seed, count=1000):
 def main():
     args = parse_args()
     trainers = {"vae": train_vae, "unet": train_unet, "evaluator": train_evaluator, "dinov2": train_dinov2}
-    trainers |= {"sd3": train_sd3, "worlds": train_worlds}
+    trainers |= {"sd3": train_sd3, "worlds": train_worlds, "resnet": train_resnet}
     for index, (stage, trainer) in enumerate(trainers.items()):
         if stage in args.only:
             seed = 1000 * args.seed + 100 * index

@@ -1,13 +1,14 @@
 """ADT against fine-tuning on the worlds of `worlds.py`, over several seeds, at equal iterations and at equal compute.
 
-    python demo/reproduce.py                                         # all of it: ten hours on two cores
+    python demo/reproduce.py                                         # all of it: three to ten hours on two cores
     python demo/reproduce.py --worlds lines glow --seeds 0 --methods "fine-tuning, equal compute" "ADT, recipe"
 
 In each world and for each seed the demo's base pipeline is fine-tuned once; from there every method goes on. Its VAE
 is one that can draw all worlds, but for `lines, the demo's VAE`, where the VAE's floor is above the goal.
-`evaluate_adt.py` compares a world's results on images and captions that no training saw, with the VAE's floor, and
-`benchmarks/reproduction.md` gets the tables. What a stopped call has finished is kept, and a run is taken up where it
-was.
+`evaluate_adt.py` compares a world's results on images and captions that no training saw, with the VAE's floor. Each
+world's numbers go into `benchmarks/reproduction.json` when it is done, and `benchmarks/reproduction.md` has the tables
+of all that stands there, whichever calls, on whichever machines, have added to it. What a stopped call has finished is
+kept, and a run is taken up where it was.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from shapes import ATTRIBUTES
 from torch import nn
 from worlds import WORLDS, draw, write_imagefolder
 
-from demo import ADVERSARIAL, DEMO, FINE_TUNING, tune
+from demo import ADVERSARIAL, DEMO, FINE_TUNING, HOLDING, tune
 
 
 NARROW_VAE = "lines, the demo's VAE"
@@ -41,7 +42,7 @@ STEPS = 300  # of each method
 # The paper's global batch.
 COMMON = ["--train_batch_size", "8"]
 ADT = [*ADVERSARIAL, *COMMON, "--generator_start_step", "100"]
-RECIPE = [*ADT, "--mismatched_pair_weight", "1", "--use_ema", "--ema_decay", "0.97"]
+RECIPE = [*ADT, *HOLDING]
 # What the paper says, but for the sizes: the learning rates are the demo's, as are the discriminator's layers.
 PAPER = [
     *ADT, "--generator_start_step", "0", "--generator_update_interval", "5", "--adversarial_loss_weight", "1",
@@ -72,12 +73,13 @@ SAMPLER = "ddim:10"
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=DEMO.parent / "benchmarks" / "output")
-    parser.add_argument("--report", type=Path, default=DEMO.parent / "benchmarks" / "reproduction.md")
+    parser.add_argument("--report", type=Path, default=DEMO.parent / "benchmarks" / "reproduction.md",
+        help="The tables. Their plot and their numbers stand beside it, as .png and .json.")  # fmt: skip
     parser.add_argument("--assets", type=Path, default=DEMO / "assets", help="What make_assets.py wrote.")
     parser.add_argument("--worlds", nargs="+", choices=SITUATIONS, default=SITUATIONS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--num_images", type=int, default=1024, help="For each number.")
+    parser.add_argument("--num_images", type=int, default=512, help="For each number.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Processes at a time, on one core each.")
     return parser.parse_args()
 
@@ -139,10 +141,31 @@ class EvaluatorFeatures(nn.Module):
 
 
 def evaluate(situation, results, args):
-    """Compares a world's results and its VAE's floor. Returns `{pipeline: metrics}`, the floor as `VAE floor`.
+    """Compares a world's results and its VAE's floor.
 
     Args:
         results: `{(method, seed): folder}`.
+
+    Returns:
+        the floor's metrics, and `{(method, seed): metrics}`.
+    """
+    pipelines = {f"{folder(method)}-{seed}": (method, seed) for method, seed in sorted(results)}
+    paths = {name: results[key] for name, key in pipelines.items()}
+    runs, floor = compare(situation, paths, args, ["--sampler", SAMPLER, "--guidance_scale", 3], METRICS, "report")
+    return floor, {pipelines[name]: metrics for (name, _, _), metrics in runs.items()}
+
+
+def compare(situation, pipelines, args, sampling, metrics, report_name):
+    """Runs `evaluate_adt.py` on images and captions of a world that no training saw.
+
+    Args:
+        pipelines: `{name: folder}`.
+        sampling: its options that say how they are sampled.
+        metrics: names of its metrics' values.
+        report_name: of its folder, in which a pipeline's name must mean one pipeline.
+
+    Returns:
+        `{(pipeline, sampler, steps): metrics}`, the share of followed prompts among them, and the VAE's floor.
     """
     world, directory = situation.split(",")[0], args.output_dir / folder(situation)
     test = directory / f"test-set-{args.num_images}" / "test"
@@ -153,13 +176,13 @@ def evaluate(situation, results, args):
     features = EvaluatorFeatures(evaluator, torch.from_numpy(real).permute(0, 3, 1, 2) / 255)
     torch.jit.script(features).save(directory / "evaluator.pt")
 
-    pipelines = {f"{folder(method)}-{seed}": path for (method, seed), path in sorted(results.items())}
-    report = directory / f"report-{args.num_images}"
+    report = directory / f"{report_name}-{args.num_images}"
+    asked = dict.fromkeys("precision_recall" if name in ("precision", "recall") else name for name in metrics)
     command = [
         Path(sys.executable).parent / "torchrun", "--standalone", "--nproc_per_node", args.jobs, "evaluate_adt.py",
         "--pipelines", *(f"{name}={path}" for name, path in pipelines.items()), "--vae_floor",
-        "--dataset_name", test.parent, "--num_images", args.num_images, "--sampler", SAMPLER, "--guidance_scale", 3,
-        "--metrics", "fid", "fdd", "precision_recall", "--inception_weights", directory / "evaluator.pt",
+        "--dataset_name", test.parent, "--num_images", args.num_images, *sampling,
+        "--metrics", *asked, "--inception_weights", directory / "evaluator.pt",
         "--dinov2_model_name_or_path", args.assets / "dinov2", "--dinov2_resolution", 32, "--batch_size", 128,
         "--num_bootstrap", 0, "--output_dir", report,
     ]  # fmt: skip
@@ -169,11 +192,12 @@ def evaluate(situation, results, args):
     for run in saved["runs"]:
         images = report / run["images"]["test"]
         arrays = [np.array(Image.open(images / f"{index:06d}.png")) for index in range(args.num_images)]
-        values[run["pipeline"]] = {name: run["metrics"][name]["value"] for name in METRICS}
-        values[run["pipeline"]][FOLLOWED] = followed(np.stack(arrays), attributes, evaluator)
+        own = values[run["pipeline"], run["sampler"], run["steps"]] = {
+            name: run["metrics"][name]["value"] for name in metrics
+        }
+        own[FOLLOWED] = followed(np.stack(arrays), attributes, evaluator)
     [floor] = saved["floors"]  # one VAE, whatever the denoiser
-    values["VAE floor"] = {name: floor["metrics"][name]["value"] for name in METRICS}
-    return values
+    return values, {name: floor["metrics"][name]["value"] for name in metrics}
 
 
 @torch.no_grad()
@@ -184,11 +208,43 @@ def followed(images, attributes, evaluator) -> float:
     return torch.stack(right).all(0).float().mean().item()
 
 
-def of_seeds(values, method, metric, seeds) -> np.ndarray:
-    return np.array([values[f"{folder(method)}-{seed}"][metric] for seed in seeds])
+# What is said of the numbers
 
 
-def table(values, methods, seeds) -> list[str]:
+def read_numbers(args) -> dict:
+    """All numbers so far: `{"num_images": N, "worlds": {world: ...}}`.
+
+    Here a world has `{"floor": metrics, "methods": {method: {seed: metrics}}}`; seeds are strings, as JSON has them.
+    """
+    file = args.report.with_suffix(".json")
+    if not file.exists():
+        return {"num_images": args.num_images, "worlds": {}}
+    numbers = json.loads(file.read_text())
+    if numbers["num_images"] != args.num_images:
+        sys.exit(f"error: {file} is of {numbers['num_images']} images a number: --num_images {args.num_images} "
+                 "needs another --report.")  # fmt: skip
+    return numbers
+
+
+def add_numbers(numbers, situation, floor, values, args):
+    """Puts a world's numbers, as `evaluate` returns them, among the others, in place of older ones of the runs."""
+    world = numbers["worlds"].setdefault(situation, {"methods": {}})
+    world["floor"] = floor
+    for (method, seed), metrics in values.items():
+        world["methods"].setdefault(method, {})[str(seed)] = metrics
+    args.report.with_suffix(".json").write_text(json.dumps(numbers, indent=1, sort_keys=True) + "\n")
+
+
+def of_seeds(world, method, metric, seeds=None) -> np.ndarray:
+    found = world["methods"][method]
+    return np.array([found[seed][metric] for seed in seeds or sorted(found)])
+
+
+def methods_of(world) -> list[str]:
+    return [method for method in ("start", *METHODS) if method in world["methods"]]
+
+
+def table(world) -> list[str]:
     """A world's rows: mean ± standard deviation over the seeds."""
 
     def cell(found, metric):
@@ -197,82 +253,94 @@ def table(values, methods, seeds) -> list[str]:
         return f"{found.mean():.{digits}f}{spread}"
 
     names = (*METRICS, FOLLOWED)
-    lines = ["| method | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for method in ("start", *methods):
-        cells = [cell(of_seeds(values, method, name, seeds), name) for name in names]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    cells = [cell(np.array([values["VAE floor"][name]]), name) for name in METRICS]
-    return [*lines, "| *the VAE's floor* | " + " | ".join(cells) + " | |"]
+    lines = ["| method | seeds | " + " | ".join(names) + " |", "|---|---|" + "---:|" * len(names)]
+    for method in methods_of(world):
+        cells = [cell(of_seeds(world, method, name), name) for name in names]
+        lines.append(f"| {method} | {', '.join(sorted(world['methods'][method]))} | " + " | ".join(cells) + " |")
+    cells = [cell(np.array([world["floor"][name]]), name) for name in METRICS]
+    return [*lines, "| *the VAE's floor* | | " + " | ".join(cells) + " | |"]
 
 
-def verdict(values, method, seeds) -> dict:
-    """Whether `method` reaches what it should against fine-tuning at equal compute.
+def verdict(world, method) -> dict:
+    """Whether `method` reaches what it should against fine-tuning at equal compute, over the seeds that both have.
 
     The distance: at most 0.6 times fine-tuning's, where the VAE's floor is below 0.3 times it; else at least half of
     what lies between the two is closed. The prompts: no fewer than fine-tuning's, within the larger standard
     deviation over the seeds.
     """
-    plain, own = (of_seeds(values, name, "fid", seeds) for name in (EQUAL_COMPUTE, method))
-    floor = values["VAE floor"]["fid"]
+    seeds = sorted(set(world["methods"][method]) & set(world["methods"][EQUAL_COMPUTE]))
+    plain, own = (of_seeds(world, name, "fid", seeds) for name in (EQUAL_COMPUTE, method))
+    floor = world["floor"]["fid"]
     free = floor < 0.3 * plain.mean()
     goal = 0.6 * plain.mean() if free else (plain.mean() + floor) / 2
-    plain_followed, own_followed = (of_seeds(values, name, FOLLOWED, seeds) for name in (EQUAL_COMPUTE, method))
+    plain_followed, own_followed = (of_seeds(world, name, FOLLOWED, seeds) for name in (EQUAL_COMPUTE, method))
     spread = max(plain_followed.std(ddof=1), own_followed.std(ddof=1)) if len(seeds) > 1 else 0.0
     return {
+        "seeds": len(seeds),
         "ratio": own.mean() / plain.mean(),
         "goal": goal / plain.mean(),
         "distance": bool(own.mean() <= goal),
         "difference": own_followed.mean() - plain_followed.mean(),
+        "spread": spread,
         # One seed has no spread.
         "prompts": bool(own_followed.mean() >= plain_followed.mean() - spread) if len(seeds) > 1 else None,
     }
 
 
-def verdict_lines(values, methods, seeds) -> list[str]:
-    lines = ["| world | method | distance over fine-tuning's | goal | | prompts less fine-tuning's | |"]
-    lines += ["|---|---|---:|---:|---|---:|---|"]
-    for situation, found in values.items():
-        for method in methods:
-            if method.startswith("ADT"):
-                one = verdict(found, method, seeds)
-                marks = [{True: "reached", False: "missed", None: "–"}[one[name]] for name in ("distance", "prompts")]
-                lines.append(
-                    f"| {situation} | {method} | {one['ratio']:.2f} | {one['goal']:.2f} | {marks[0]} | "
-                    f"{100 * one['difference']:+.1f} points | {marks[1]} |"
-                )
+def verdict_lines(worlds) -> list[str]:
+    names = ["world", "method", "seeds", "distance over fine-tuning's", "goal", "", "prompts less fine-tuning's"]
+    lines = ["| " + " | ".join([*names, "spread", ""]) + " |", "|---|---|---:|---:|---:|---|---:|---:|---|"]
+    for situation, world in worlds.items():
+        for method in methods_of(world):
+            common = set(world["methods"][method]) & set(world["methods"].get(EQUAL_COMPUTE, ()))
+            if method in (EQUAL_COMPUTE, "start") or not common:
+                continue
+            one = verdict(world, method)
+            marks = [{True: "reached", False: "missed", None: "–"}[one[name]] for name in ("distance", "prompts")]
+            lines.append(
+                f"| {situation} | {method} | {one['seeds']} | {one['ratio']:.2f} | {one['goal']:.2f} | {marks[0]} | "
+                f"{100 * one['difference']:+.1f} points | {100 * one['spread']:.1f} | {marks[1]} |"
+            )
     return lines
 
 
-def draw_frontier(values, methods, seeds, path):
+def draw_frontier(worlds, path):
     """Distance against prompts followed, a panel for each world."""
-    figure = Figure(figsize=(4 * len(values), 4), layout="constrained")
-    for axes, (situation, found) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
-        for method in ("start", *methods):
-            x, y = (of_seeds(found, method, metric, seeds) for metric in ("fid", FOLLOWED))
-            marker = "o" if method.startswith("ADT") else "s"
-            axes.errorbar(x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), fmt=marker, label=method)
-        axes.axvline(found["VAE floor"]["fid"], linestyle="--", color="gray", label="the VAE's floor")
-        axes.set(title=situation, xlabel="Fréchet distance", ylabel=FOLLOWED, xlim=(0, None), ylim=(0, 1))
-    figure.get_axes()[-1].legend(fontsize="x-small")
+    columns = min(3, len(worlds))
+    rows = -(-len(worlds) // columns)
+    figure = Figure(figsize=(4.5 * columns, 4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    colors = {method: f"C{n}" if n < 10 else f"C{n - 10}" for n, method in enumerate(("start", *METHODS))}
+    handles = {}
+    for axes, (situation, world) in zip(panels, worlds.items()):
+        for method in methods_of(world):
+            x, y = (of_seeds(world, method, metric) for metric in ("fid", FOLLOWED))
+            style = {"fmt": "o" if method.startswith("ADT") else "s", "color": colors[method]}
+            handles[method] = axes.errorbar(x.mean(), y.mean(), xerr=x.std(), yerr=y.std(), **style)
+        handles["the VAE's floor"] = axes.axvline(world["floor"]["fid"], linestyle="--", color="gray")
+        axes.set(title=situation, xlabel="Fréchet distance", ylabel=FOLLOWED, xlim=(0, None))
+    for axes in panels[len(worlds) :]:
+        axes.set_axis_off()
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=100)
 
 
-def write_report(values, args):
-    compared, several = EQUAL_COMPUTE in args.methods, len(args.seeds) > 1
+def write_report(numbers, args):
+    worlds = {situation: numbers["worlds"][situation] for situation in SITUATIONS if situation in numbers["worlds"]}
     lines = [
         "# Fine-tuning and ADT on several worlds",
         "",
-        f"    python demo/reproduce.py --seeds {' '.join(map(str, args.seeds))} --num_images {args.num_images} \\",
-        "        --worlds " + " ".join(f'"{name}"' for name in args.worlds) + " \\",
-        "        --methods " + " ".join(f'"{name}"' for name in args.methods),
+        f"    python demo/reproduce.py --num_images {numbers['num_images']}",
         "",
+        "with `--worlds`, `--methods` and `--seeds` for a part; the numbers of each run are in `reproduction.json`, "
+        "and these tables are of those that are there. "
         "Worlds are in `demo/worlds.py`, settings in `demo/reproduce.py`. From the demo's base pipeline "
         f"(ε-prediction, Stable Diffusion 1.5's schedule, 32×32 pixels), batches of 8: `start` is {START_STEPS} "
         f"iterations of plain fine-tuning, and each method is {STEPS} iterations more from there, but for "
-        f"“{EQUAL_COMPUTE}”: {equal_compute_steps()} iterations, as many network evaluations as ADT's. "
-        f"Seeds: {', '.join(map(str, args.seeds))}; they decide the training alone. Each number is of "
-        f"{args.num_images} images of captions and against images that no training saw, drawn from the same noise "
-        f"with guidance 3 and {SAMPLER}" + (": mean ± standard deviation over the seeds." if several else "."),
+        f"“{EQUAL_COMPUTE}”: {equal_compute_steps()} iterations, as many network evaluations as ADT's. The seeds "
+        f"decide the training alone. Each number is of {numbers['num_images']} images of captions and against images "
+        f"that no training saw, drawn from the same noise with guidance 3 and {SAMPLER}: mean ± standard deviation "
+        "over the seeds.",
         "",
         "`fid` is the Fréchet distance on standardised features of a classifier of all worlds, which no discriminator "
         "uses; `fdd`, precision and recall are on the DINOv2 that the discriminators use, which knows `flat` and "
@@ -280,14 +348,16 @@ def write_report(values, args):
         "The VAE's floor is real images through the VAE and back: what no tuning of the denoiser gets below.",
         "",
         "![distance against prompts](reproduction.png)",
+        "",
+        "## Against fine-tuning at equal compute",
+        "",
+        *verdict_lines(worlds),
     ]
-    if compared:
-        lines += ["", "## Against fine-tuning at equal compute", "", *verdict_lines(values, args.methods, args.seeds)]
-    for situation, found in values.items():
-        lines += ["", f"## {situation}", "", *table(found, args.methods, args.seeds)]
+    for situation, world in worlds.items():
+        lines += ["", f"## {situation}", "", *table(world)]
     lines += ["", f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}."]
     args.report.write_text("\n".join(lines) + "\n")
-    draw_frontier(values, args.methods, args.seeds, args.report.with_suffix(".png"))
+    draw_frontier(worlds, args.report.with_suffix(".png"))
     print(args.report.read_text())
 
 
@@ -295,12 +365,14 @@ def main():
     args = parse_args()
     args.output_dir, args.assets = args.output_dir.resolve(), args.assets.resolve()
     os.environ["OMP_NUM_THREADS"] = "1"  # so that the number of runs at a time does not change their rounding
+    numbers = read_numbers(args)
     print("Each run's output goes to a .log file beside its folder.")
-    results, values = train(args), {}
+    results = train(args)
     for situation in args.worlds:
         own = {(method, seed): path for (world, method, seed), path in results.items() if world == situation}
-        values[situation] = evaluate(situation, own, args)
-    write_report(values, args)
+        floor, values = evaluate(situation, own, args)
+        add_numbers(numbers, situation, floor, values, args)
+    write_report(numbers, args)
 
 
 if __name__ == "__main__":

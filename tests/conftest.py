@@ -79,6 +79,12 @@ def dinov2_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def resnet_path(tmp_path_factory):
+    """A tiny ResNet with a classifier, saved as the published ones are."""
+    return tiny.make_resnet(tmp_path_factory.mktemp("resnet"))
+
+
+@pytest.fixture(scope="session")
 def dataset_path(tmp_path_factory):
     """An imagefolder of 8 captioned images of various sizes."""
     return tiny.make_imagefolder(tmp_path_factory.mktemp("dataset"))

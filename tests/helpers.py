@@ -15,6 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 TIMING = {"seconds_per_iteration", "images_per_second", "peak_memory_gb"}
 
 
+def read_result(directory, network):
+    """The weights of a run's result: its network's, or its adapters."""
+    adapters = Path(directory, "pytorch_lora_weights.safetensors")
+    return load_file(adapters) if adapters.exists() else read_network(directory, network)
+
+
 def run_two_processes(script, *arguments):
     """Runs `script` under torchrun; one that hangs or fails ends with what it printed, and where it hung."""
     process = subprocess.Popen(
@@ -67,8 +73,8 @@ def relative(first, second):
 def checkpoint_state(directory):
     """Everything in a checkpoint that training continues from."""
     state = {str(file.relative_to(directory)): load_file(file) for file in Path(directory).rglob("*.safetensors")}
-    for name in ("optimizer.bin", "optimizer_1.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"):
-        state[name] = torch.load(Path(directory, name), weights_only=False)
+    for file in [*Path(directory).glob("optimizer*.bin"), *Path(directory).glob("custom_checkpoint_*.pkl")]:
+        state[file.name] = torch.load(file, weights_only=False)
     for file in Path(directory).rglob("ema.json"):
         state["ema.json"] = file.read_text()
     return state

@@ -26,6 +26,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 import evaluate_adt as evaluation
 import evaluate_metrics as metrics
 import evaluate_report
+from related import train_add
+from related.train_add import student_schedule
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +125,56 @@ def test_images_are_what_the_pipeline_makes(run, tmp_path, sd15_path):
     ).images[0]
     file = tmp_path / "report" / "images" / "test" / "one" / "own-2-guidance-7" / "000002.png"
     assert Image.open(file).tobytes() == image.tobytes()
+
+
+def test_few_step_flow_matching(run, sd3_path, tmp_path):
+    """Evenly spaced from pure noise, and each image's noise is its own, in any batch."""
+    shutil.copytree(sd3_path, tmp_path / "student")
+    file = tmp_path / "student" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"stochastic_sampling": True}))
+    only = ("--pipelines", f"one={tmp_path / 'student'}", "--metrics", "sharpness", "--sampler", "own:2")
+    directory = Path("images", "test", "one", "own-2-guidance-7")
+    images = []
+    for size in (1, 4):
+        run(*only, "--batch_size", size)
+        shutil.move(tmp_path / "report", tmp_path / f"report-{size}")
+        images.append([(tmp_path / f"report-{size}" / directory / f"{n:06d}.png").read_bytes() for n in range(10)])
+    assert images[0] == images[1] and len(set(images[0])) == 10
+    pipeline = evaluation.DiffusionPipeline.from_pretrained(tmp_path / "student")
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"][0].item()), with_kwargs=True
+    )
+    args = types.SimpleNamespace(seed=0, resolution=16)
+    evaluation.draw(pipeline, ["a red disc"], {"steps": 2, "guidance_scale": 1}, args, [0])
+    shift = pipeline.scheduler.config.shift
+    assert seen == pytest.approx([1000, 1000 * shift * 0.5 / (1 + (shift - 1) * 0.5)])
+
+
+def test_few_step_sigmas():
+    assert evaluation.few_step_sigmas(4, None) == [1, 0.75, 0.5, 0.25]
+    student = [student_schedule(n) for n in range(1, 5)]  # ADD's, as each of them is stated
+    assert [evaluation.few_step_sigmas(n, student[3]) for n in range(1, 5)] == student
+    assert evaluation.few_step_sigmas(8, student[3]) == [1 - n / 8 for n in range(8)]
+
+
+def test_adapters_are_sampled_by_what_they_were_trained_for(run, sd15_path, dataset_path, dinov2_path, tmp_path):
+    """Of one to four steps, and not of more."""
+    words = [
+        "--family", "sd15", "--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path,
+        "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", 1, "--resolution", 16,
+        "--discriminator_resolution", 16, "--max_train_steps", 1, "--checkpointing_steps", 1, "--use_lora",
+        "--output_dir", tmp_path / "student",
+    ]  # fmt: skip
+    reset_accelerate()
+    train_add.main(train_add.parse_args([str(word) for word in words]))
+    only = ("--pipelines", f"one={sd15_path}", "--lora", f"one={tmp_path / 'student'}", "--metrics", "sharpness")
+    report = run(*only, "--sampler", "own:2", "--guidance_scale", 0, "--checkpoints", f"run={tmp_path / 'student'}")
+    folders = [tmp_path / "report" / found["images"]["test"] for found in report["runs"]]
+    settings = [json.loads((folder / "settings.json").read_text()) for folder in folders]
+    assert [found["scheduler"]["class"] for found in settings] == ["LCMScheduler"] * 2
+    with pytest.raises(evaluation.EvaluationError, match="own:5: one was distilled into 4 steps"):
+        run(*only, "--sampler", "own:5", "--guidance_scale", 0)
 
 
 def test_adapters(run, tune, sd15_path):

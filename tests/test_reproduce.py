@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import reproduce
-from reproduce import EQUAL_COMPUTE, FOLLOWED, METHODS, folder
+from reproduce import EQUAL_COMPUTE, FOLLOWED, METHODS
 from shapes import ATTRIBUTES
 from worlds import CORRELATED_SHARE, WORLDS, draw
 
@@ -108,13 +108,13 @@ def test_equal_compute():
 # What is said of the numbers
 
 
-def make_values(own, plain, floor=1.0, own_followed=(0.8, 0.8), plain_followed=(0.8, 0.8)):
-    values = {"VAE floor": dict.fromkeys(reproduce.METRICS, floor)}
+def make_world(own, plain, floor=1.0, own_followed=(0.8, 0.8), plain_followed=(0.8, 0.8)):
+    methods = {}
     plain_rows = (plain, plain_followed)
     for method, (fids, shares) in {"ADT": (own, own_followed), EQUAL_COMPUTE: plain_rows, "start": plain_rows}.items():
-        for seed, (fid, share) in enumerate(zip(fids, shares)):
-            values[f"{folder(method)}-{seed}"] = dict.fromkeys(reproduce.METRICS, fid) | {FOLLOWED: share}
-    return values
+        rows = [dict.fromkeys(reproduce.METRICS, fid) | {FOLLOWED: followed} for fid, followed in zip(fids, shares)]
+        methods[method] = {str(seed): row for seed, row in enumerate(rows)}
+    return {"floor": dict.fromkeys(reproduce.METRICS, floor), "methods": methods}
 
 
 @pytest.mark.parametrize(
@@ -129,20 +129,42 @@ def make_values(own, plain, floor=1.0, own_followed=(0.8, 0.8), plain_followed=(
     ],
 )
 def test_verdict(own, floor, followed, distance, prompts):
-    found = reproduce.verdict(make_values(own, (10, 10), floor, followed), "ADT", [0, 1])
+    world = make_world(own, (10, 10), floor, followed)
+    found = reproduce.verdict(world, "ADT")
     assert (found["distance"], found["prompts"]) == (distance, prompts)
     assert found["ratio"] == pytest.approx(np.mean(own) / 10)
-    assert reproduce.verdict(make_values(own, (10, 10), floor, followed), "ADT", [0])["prompts"] is None
+    # Over the seeds that both have, of which one has no spread.
+    del world["methods"][EQUAL_COMPUTE]["1"]
+    found = reproduce.verdict(world, "ADT")
+    assert (found["seeds"], found["ratio"], found["prompts"]) == (1, own[0] / 10, None)
+
+
+def test_numbers_add_up_over_calls(tmp_path):
+    """Worlds, methods and seeds of one call stand beside those of another; a run's newer numbers replace the older."""
+    args = SimpleNamespace(num_images=512, report=tmp_path / "report.md")
+    world = make_world((5, 7), (9, 11))
+    for rows in ({("ADT", 0): 1.0, (EQUAL_COMPUTE, 0): 2.0}, {("ADT", 1): 3.0, ("ADT", 0): 4.0}):
+        numbers = reproduce.read_numbers(args)
+        reproduce.add_numbers(numbers, "glow", world["floor"], {key: {"fid": fid} for key, fid in rows.items()}, args)
+    reproduce.add_numbers(numbers, "lines", world["floor"], {("start", 0): {"fid": 5.0}}, args)
+    found = reproduce.read_numbers(args)["worlds"]
+    assert found["glow"]["methods"]["ADT"] == {"0": {"fid": 4.0}, "1": {"fid": 3.0}}
+    assert found["glow"]["methods"][EQUAL_COMPUTE] == {"0": {"fid": 2.0}}
+    assert found["lines"]["methods"] == {"start": {"0": {"fid": 5.0}}}
+    args.num_images = 100
+    with pytest.raises(SystemExit, match="is of 512 images a number: --num_images 100 needs another --report"):
+        reproduce.read_numbers(args)
 
 
 def test_report(tmp_path, capsys):
-    args = SimpleNamespace(
-        seeds=[0, 1], worlds=["glow"], methods=["ADT", EQUAL_COMPUTE], num_images=512, report=tmp_path / "report.md"
-    )
-    reproduce.write_report({"glow": make_values((5, 7), (9, 11), own_followed=(0.7, 0.7))}, args)
+    args = SimpleNamespace(report=tmp_path / "report.md")
+    world = make_world((5, 7), (9, 11), own_followed=(0.7, 0.7))
+    del world["methods"]["start"]["1"]
+    reproduce.write_report({"num_images": 512, "worlds": {"glow": world, "lines": world}}, args)
     text = args.report.read_text()
-    assert "| ADT | 6.00 ± 1.41 | 6.00 ± 1.41 | 6.000 ± 1.414 | 6.000 ± 1.414 | 0.700 ± 0.000 |" in text
-    assert "| *the VAE's floor* | 1.00 | 1.00 | 1.000 | 1.000 | |" in text
-    assert "| glow | ADT | 0.60 | 0.60 | reached | -10.0 points | missed |" in text
-    assert '--methods "ADT" "fine-tuning, equal compute"' in text
+    assert "| ADT | 0, 1 | 6.00 ± 1.41 | 6.00 ± 1.41 | 6.000 ± 1.414 | 6.000 ± 1.414 | 0.700 ± 0.000 |" in text
+    assert "| start | 0 | 9.00 | 9.00 | 9.000 | 9.000 | 0.800 |" in text
+    assert "| *the VAE's floor* | | 1.00 | 1.00 | 1.000 | 1.000 | |" in text
+    assert "| glow | ADT | 2 | 0.60 | 0.60 | reached | -10.0 points | 0.0 | missed |" in text
+    assert text.index("## lines") < text.index("## glow")  # the worlds' own order
     assert (tmp_path / "report.png").stat().st_size > 1000

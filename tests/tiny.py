@@ -25,6 +25,8 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -273,6 +275,19 @@ def draw_image(generator, color, shape, width, height):
         mask = (x // 3) % 2 == 0
     image[mask] = COLORS[color]
     return np.clip(image + generator.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+
+
+def make_resnet(path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model = ResNetForImageClassification(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # a trained model's are no zeros and ones
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)
+    model.save_pretrained(path)
+    return str(path)
 
 
 def make_imagefolder(directory, count=8, size=20, seed=0, caption_column="text"):

@@ -24,7 +24,7 @@ def record(train, directory, options):
     import training_utils
 
     models, gradients, start_indices, threads = {}, [], [], []
-    step, simulate_inference = training_utils.Trained.step, train.simulate_inference
+    step, simulate_inference = training_utils.Trained.step, getattr(train, "simulate_inference", None)
     end_training = training_utils.Accelerator.end_training
 
     def recording_step(trained, iteration):

@@ -1,0 +1,210 @@
+"""The related systems on the demo's base and worlds: few-step students, robust training, the diffusion-GAN hybrid.
+
+    python demo/reproduce_related.py                                      # all of it: three hours on two cores
+    python demo/reproduce_related.py --worlds shaded --seeds 0
+
+In each world and for each seed the base is `reproduce.py`'s `start`, the demo's pipeline after 2000 iterations of
+fine-tuning; every system goes on from there. Few-step students are compared with their teacher, the start itself, in
+as many steps and in 50; robust training with fine-tuning at equal updates (a third of the iterations), which is equal
+compute, and at equal iterations; the hybrid with fine-tuning and with ADT. Each world's numbers go into
+`benchmarks/related.json` when it is done, and `benchmarks/related.md` has the tables of all that stands there. What a
+stopped call has finished is kept, and a run is taken up where it was.
+"""
+
+import argparse
+import json
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from reproduce import COMMON, FOLLOWED, METHODS, STEPS, compare, folder, read_numbers
+from reproduce import train as train_starts
+from worlds import WORLDS
+
+from demo import DEMO, FINE_TUNING, tune
+
+
+ADD = [
+    *COMMON, "--learning_rate", "5e-5", "--lr_warmup_steps", "10", "--discriminator_learning_rate", "2e-3",
+    "--discriminator_layers", "-1", "1", "3", "5", "--discriminator_resolution", "32",
+    "--adversarial_weight", "auto", "--use_ema", "--ema_decay", "0.97",
+]  # fmt: skip
+DISTILLED = [*ADD, "--teacher_guidance_scale", "3"]
+LCM = [
+    *COMMON, "--learning_rate", "1e-4", "--lr_warmup_steps", "10", "--w_min", "2", "--w_max", "2",
+]  # fmt: skip
+PLAIN = [*COMMON, "--learning_rate", "3e-4", "--lr_warmup_steps", "50"]
+HYBRID = [
+    *COMMON, "--learning_rate", "5e-5", "--lr_warmup_steps", "10", "--discriminator_learning_rate", "1e-3",
+    "--discriminator_resolution", "32", "--generator_start_step", "100", "--hybrid_ramp_steps", "300",
+]  # fmt: skip
+UPDATES = 900
+FEW, ROBUST, SHARP = "few steps", "robust training", "sharpness"
+# {comparison: {run: (module, iterations, options)}}; the module is None for the family's own script.
+RUNS = {
+    FEW: {
+        "ADD": ("related.train_add", 600, DISTILLED),
+        "ADD, no guidance of the teacher": ("related.train_add", 600, ADD),
+        "ADD, adversary only": (
+            "related.train_add", 600, [*ADD, "--adversarial_weight", "1", "--distillation_weight", "0"]
+        ),
+        "ADD, distillation only": ("related.train_add", 600, [*DISTILLED, "--adversarial_weight", "0"]),
+        "ADD, no condition": ("related.train_add", 600, [*DISTILLED, "--discriminator_condition", "none"]),
+        "ADD, text condition": ("related.train_add", 600, [*DISTILLED, "--discriminator_condition", "text"]),
+        "ADD, image condition": ("related.train_add", 600, [*DISTILLED, "--discriminator_condition", "image"]),
+        "consistency": ("related.train_lcm", UPDATES, LCM),
+        "consistency, robust": ("related.train_lcm", UPDATES // 3, [*LCM, "--robust_steps", "3"]),
+    },
+    ROBUST: {
+        "fine-tuning": (None, UPDATES, [*FINE_TUNING, *COMMON]),
+        "robust, as many updates": ("related.train_robust", UPDATES // 3, PLAIN),
+        "robust, as many iterations": ("related.train_robust", UPDATES, PLAIN),
+        "input perturbation": (
+            "related.train_robust", UPDATES, [*PLAIN, "--robust_steps", "1", "--input_perturbation", "0.1"]
+        ),
+    },
+    SHARP: {
+        "fine-tuning": (None, UPDATES, [*FINE_TUNING, *COMMON]),
+        "fine-tuning at the hybrid's rate": (
+            None, UPDATES, [*FINE_TUNING, *COMMON, "--learning_rate", "5e-5", "--lr_warmup_steps", "10"]
+        ),
+        "hybrid": ("related.train_hybrid", UPDATES + 100, HYBRID),
+        "ADT": (None, STEPS, METHODS["ADT, recipe"]),
+    },
+}  # fmt: skip
+START = "start"
+# How each comparison samples: (runs, options of `evaluate_adt.py`).
+GUIDED = ["--sampler", "ddim:5", "ddim:10", "ddim:20", "ddim:50", "--guidance_scale", 3]
+SHORT_AND_LONG = ["--sampler", "ddim:10", "ddim:50", "--guidance_scale", 3]
+CONSISTENT = ["consistency", "consistency, robust"]
+ADDS = [name for name in RUNS[FEW] if name not in CONSISTENT]
+SAMPLING = {
+    FEW: [
+        ([START], ["--sampler", "ddim:1", "ddim:2", "ddim:4", "ddim:8", "ddim:50", "--guidance_scale", 3]),
+        (ADDS, ["--sampler", "own:1", "own:2", "own:4", "--guidance_scale", 0]),
+        (CONSISTENT, ["--sampler", "own:1", "own:2", "own:4", "own:8", "--guidance_scale", 0]),
+    ],
+    ROBUST: [([START, *RUNS[ROBUST]], GUIDED)],
+    SHARP: [([START, *RUNS[SHARP]], SHORT_AND_LONG)],
+}
+METRICS = ("fid", "fdd", "precision", "recall", "sharpness")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=DEMO.parent / "benchmarks" / "output")
+    parser.add_argument("--report", type=Path, default=DEMO.parent / "benchmarks" / "related.md")
+    parser.add_argument("--assets", type=Path, default=DEMO / "assets", help="What make_assets.py wrote.")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["shaded", "glow"])
+    parser.add_argument("--comparisons", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--num_images", type=int, default=512, help="For each number.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Processes at a time, on one core each.")
+    return parser.parse_args()
+
+
+def train(args):
+    """All runs. Returns `{(world, run, seed): folder}`, the starts under `START`."""
+    starts = train_starts(argparse.Namespace(**vars(args), methods=[]))
+    results = dict(starts)
+    runs = {name: run for comparison in args.comparisons for name, run in RUNS[comparison].items()}
+
+    def tune_one(world, name, seed):
+        module, steps, settings = runs[name]
+        output = args.output_dir / folder(world) / f"seed-{seed}"
+        options = SimpleNamespace(family="sd15", seed=seed, assets=args.assets, output_dir=output)
+        options.data = output.parent / "data"
+        if module is not None:
+            networks = {"related.train_add": "dinov2", "related.train_hybrid": "resnet"}
+            if module in networks:
+                settings = [*settings, "--discriminator_model_name_or_path", args.assets / networks[module]]
+        settings = [*settings, "--pretrained_vae_model_name_or_path", args.assets / "worlds" / "vae"]
+        # ADT is `reproduce.py`'s, wherever that has run.
+        place = "adt-recipe" if name == "ADT" else f"related-{folder(name)}"
+        with open(output / f"{place}.log", "a") as log:
+            start = starts[world, START, seed]
+            results[world, name, seed] = tune(place, start, steps, settings, options, log, module)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for job in [pool.submit(tune_one, *key) for key in product(args.worlds, runs, args.seeds)]:
+            job.result()
+    return results
+
+
+def evaluate(world, comparison, results, args) -> dict:
+    """`{run: {steps: {seed: metrics}}}`, seeds and steps as strings, as JSON has them."""
+    found = {}
+    for names, sampling in SAMPLING[comparison]:
+        pipelines = {f"{folder(name)}-{seed}": (name, seed) for name in names for seed in args.seeds}
+        paths = {key: results[world, *run] for key, run in pipelines.items()}
+        runs, _ = compare(world, paths, args, sampling, METRICS, "report-related")
+        for (pipeline, _, steps), metrics in runs.items():
+            name, seed = pipelines[pipeline]
+            found.setdefault(name, {}).setdefault(str(steps), {})[str(seed)] = metrics
+    return found
+
+
+def table(found) -> list[str]:
+    """A comparison's rows: mean ± standard deviation over the seeds."""
+    names = (*METRICS, FOLLOWED)
+    lines = ["| run | steps | seeds | " + " | ".join(names) + " |", "|---|---:|---|" + "---:|" * len(names)]
+    for run, of_steps in found.items():
+        for steps, of_seed in of_steps.items():
+            cells = []
+            for name in names:
+                values = np.array([metrics[name] for metrics in of_seed.values()])
+                digits = 3 if name in ("precision", "recall", FOLLOWED) else 2
+                spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.{digits}f}{spread}")
+            lines.append(f"| {run} | {steps} | {', '.join(sorted(of_seed))} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def add_numbers(numbers, world, comparison, found, args):
+    """Puts a comparison's numbers, `evaluate`'s, under its world, in place of older ones of the same runs."""
+    own = numbers["worlds"].setdefault(world, {}).setdefault(comparison, {})
+    for run, of_steps in found.items():
+        for steps, of_seed in of_steps.items():
+            own.setdefault(run, {}).setdefault(steps, {}).update(of_seed)
+    args.report.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+def write_report(numbers, args):
+    lines = [
+        "# The related systems on the demo's worlds",
+        "",
+        f"    python demo/reproduce_related.py --num_images {numbers['num_images']}",
+        "",
+        "with `--worlds`, `--comparisons` and `--seeds` for a part; the numbers of each run are in `related.json`, "
+        "and these tables are of those that are there. Settings are in `demo/reproduce_related.py`, worlds in "
+        f"`demo/worlds.py`, the metrics those of `reproduction.md`. `{START}` is the pipeline from which every run "
+        "goes on, and the few-step students' teacher; students are sampled without guidance, the others with "
+        "guidance 3.",
+    ]
+    for world, comparisons in numbers["worlds"].items():
+        for comparison, found in comparisons.items():
+            lines += ["", f"## {world}: {comparison}", "", *table(found)]
+    lines += ["", f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}."]
+    args.report.write_text("\n".join(lines) + "\n")
+    print(args.report.read_text())
+
+
+def main():
+    args = parse_args()
+    args.output_dir, args.assets = args.output_dir.resolve(), args.assets.resolve()
+    os.environ["OMP_NUM_THREADS"] = "1"  # so that the number of runs at a time does not change their rounding
+    numbers = read_numbers(args)
+    print("Each run's output goes to a .log file beside its folder.")
+    results = train(args)
+    for world, comparison in product(args.worlds, args.comparisons):
+        add_numbers(numbers, world, comparison, evaluate(world, comparison, results, args), args)
+    write_report(numbers, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""What every script of `related/` must show, on tiny models of the families' real classes."""
+
+import json
+import re
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import two_processes
+from accelerate import Accelerator
+from conftest import FAMILIES, reset_accelerate
+from diffusers import DiffusionPipeline
+from helpers import (
+    checkpoint_state,
+    equal,
+    read_network,
+    read_result,
+    read_scalars,
+    relative,
+    run_two_processes,
+)
+from PIL import Image
+
+from related import train_add, train_hybrid, train_lcm, train_robust
+from training_utils import ADTError, Trained
+
+
+LORA = ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)
+
+
+@dataclass
+class System:
+    """A script, and the options of a short run in which all its networks visibly move."""
+
+    script: ModuleType
+    options: str
+    families: tuple = tuple(FAMILIES)
+
+
+SYSTEMS = {
+    "add": System(
+        train_add,
+        "--discriminator_layers -1 1 3 --discriminator_resolution 16 --discriminator_learning_rate 1e-3",
+    ),
+    "hybrid": System(
+        train_hybrid,
+        "--discriminator_resolution 12 --discriminator_learning_rate 1e-2 --generator_start_step 1 "
+        "--hybrid_loss_weight 1 --hybrid_ramp_steps 2 --num_inference_steps 4 --freeze_blocks mid_block.* "
+        "--curriculum_end 0.5",  # else the length of a run counts
+        ("sd15", "sdxl"),
+    ),
+    # The default makes the loss nearly an absolute value, which two processes round to different signs.
+    "lcm": System(train_lcm, "--huber_c 0.1"),
+    "robust": System(train_robust, "--robust_step_size 0.05 --num_inference_steps 4"),
+}
+CASES = [(name, family) for name, system in SYSTEMS.items() for family in system.families]
+
+
+def cases(*families):
+    """For a test of what does not differ between the others."""
+    return pytest.mark.parametrize("case", [case for case in CASES if case[1] in families], ids="-".join)
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request):
+    return request.param
+
+
+@pytest.fixture
+def system(case):
+    return SYSTEMS[case[0]]
+
+
+@pytest.fixture
+def family(case):
+    return FAMILIES[case[1]]
+
+
+@pytest.fixture
+def options(system, family, base_path, dinov2_path, resnet_path, dataset_path, tmp_path):
+    def make(*more, output_dir="out"):
+        network = {train_add: dinov2_path, train_hybrid: resnet_path}.get(system.script)
+        networks = () if network is None else ("--discriminator_model_name_or_path", network)
+        words = [
+            "--family", family.name, "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
+            "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 4, "--learning_rate", 1e-3,
+            "--lr_warmup_steps", 0, "--checkpointing_steps", 100, *family.options, *system.options.split(), *networks,
+            "--output_dir", tmp_path / output_dir, *more,
+        ]  # fmt: skip
+        return [str(word) for word in words]
+
+    return make
+
+
+@pytest.fixture
+def run(options, system, tmp_path):
+    def run(*more, output_dir="out"):
+        reset_accelerate()
+        system.script.main(system.script.parse_args(options(*more, output_dir=output_dir)))
+        return tmp_path / output_dir
+
+    return run
+
+
+@pytest.fixture
+def network(family):
+    """The trained component's name, and so its folder's."""
+    return family.network
+
+
+CALL = ("num_inference_steps", "guidance_scale", "max_sequence_length", "sigmas")
+
+
+def sample(output):
+    """An image of a run's result, by the call that its `adt_config.json` states."""
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    facts = json.loads((output / "adt_config.json").read_text())["inference"]
+    call = {name: value for name, value in facts.items() if name in CALL}
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a red disc", generator=generator, output_type="pil", **call).images[0]
+
+
+# The main job
+
+
+def test_writes_a_pipeline_that_loads(run, base_path, network):
+    prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 2, "--validation_steps", 2)
+    output = run(*prompts)
+    assert sample(output).size == (16, 16)  # `pil` warns of what is not finite, and warnings are errors here
+    base, tuned = read_network(base_path, network), read_network(output, network)
+    trained = [name for name in base if name.endswith("weight") and "mid_block" not in name]  # the hybrid freezes it
+    assert all(not torch.equal(base[name], tuned[name]) for name in trained)
+    grids = sorted(path.name for path in (output / "validation").iterdir())
+    assert grids == ["iteration-000002-prompt-0.png", "iteration-000004-prompt-0.png"]
+
+
+@cases("sd15", "sd3")
+def test_card_snippet_runs_as_it_stands(run, base_path, tmp_path, monkeypatch):
+    for more in ((), LORA):
+        output = run(*more, output_dir="lora" if more else "full")
+        [code] = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        exec(code, {})
+        with Image.open(tmp_path / "image.png") as image:
+            assert np.asarray(image).std() > 0
+
+
+# Resuming, processes, memory, phases
+
+
+@cases("sd15", "sd3")
+@pytest.mark.parametrize("more", [("--use_ema",), LORA], ids=["full", "lora"])
+def test_resumed_run_equals_uninterrupted_run(run, case, network, more):
+    if more is LORA and case[1] == "sd3":
+        pytest.skip("adapters are saved and loaded as SD1.5's are")
+    prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 1, "--validation_steps", 2)
+    more = (*more, *prompts, "--checkpointing_steps", 2)
+    full = run(*more, output_dir="full")
+    half = run(*more, "--max_train_steps", 2, output_dir="half")
+    moved = checkpoint_state(half / "checkpoint-2")
+    resumed = run(*more, "--resume_from_checkpoint", "latest", output_dir="half")
+    assert equal(checkpoint_state(full / "checkpoint-4"), checkpoint_state(resumed / "checkpoint-4"))
+    assert not equal(moved, checkpoint_state(resumed / "checkpoint-4"))
+    assert read_scalars(full) == read_scalars(resumed)
+    assert equal(read_result(full, network), read_result(resumed, network))
+    grids = [directory / "validation" / "iteration-000004-prompt-0.png" for directory in (full, resumed)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
+@cases("sd15")
+def test_processes_and_micro_batches_give_the_same_run(system, options, tmp_path):
+    common = ("--seed", 2, "--random_flip", "--max_train_steps", 3, "--learning_rate", 2e-4)
+    if system.script is train_add:
+        common += ("--discriminator_norm_group", 2)
+    if system.script in (train_add, train_hybrid):
+        common += ("--discriminator_learning_rate", 2e-4)
+    pair = options(*common, "--train_batch_size", 2, output_dir="pair")
+    name = system.script.__name__
+    run_two_processes(two_processes.__file__, name, tmp_path / "record-pair", *pair)
+    ranks = [torch.load(tmp_path / "record-pair" / f"rank-{rank}.pt") for rank in range(2)]
+    assert equal(ranks[0]["weights"], ranks[1]["weights"])
+    records = {"pair": ranks[0]}
+    for name, sizes in {
+        "one": ("--train_batch_size", 4),
+        "micro": ("--train_batch_size", 2, "--gradient_accumulation_steps", 2),
+    }.items():
+        reset_accelerate()
+        two_processes.record(system.script, tmp_path / f"record-{name}", options(*common, *sizes, output_dir=name))
+        records[name] = torch.load(tmp_path / f"record-{name}" / "rank-0.pt")
+    for name in ("pair", "micro"):
+        for gradient, expected in zip(records[name]["gradients"], records["one"]["gradients"], strict=True):
+            assert relative(gradient, expected) < 1e-4, name
+
+
+@cases("sd15", "sd3")
+def test_one_network_graph_at_a_time(run, system, family, monkeypatch):
+    """Of the network that trains: each forward that keeps a graph is followed by its backward."""
+    alive = []
+    call_network, backward = family.train.call_network, Accelerator.backward
+
+    def counting_call(*args):
+        alive[-1] += torch.is_grad_enabled()
+        return call_network(*args)
+
+    def counting_backward(accelerator, loss):
+        backward(accelerator, loss)
+        alive.append(0)
+
+    alive.append(0)
+    monkeypatch.setattr(family.train, "call_network", counting_call)
+    monkeypatch.setattr(Accelerator, "backward", counting_backward)
+    run("--gradient_accumulation_steps", 2, "--max_train_steps", 2)
+    assert max(alive) == 1 and sum(alive) >= 2  # the hybrid begins in its second iteration
+
+
+@cases("sd15")
+def test_each_network_changes_in_its_own_phase_only(run, monkeypatch):
+    networks, changed = {}, []
+    step = Trained.step
+
+    def weights():
+        return {name: [value.clone() for value in network.state_dict().values()] for name, network in networks.items()}
+
+    def watching_step(trained, iteration):
+        networks[trained.name] = trained.network
+        before = weights()
+        stepped = step(trained, iteration)
+        after = weights()
+        changed.append((trained.name, {name for name in networks if not equal(before[name], after[name])}))
+        return stepped
+
+    monkeypatch.setattr(Trained, "step", watching_step)
+    run()
+    assert changed and all(found == {name} for name, found in changed)
+    assert {name for name, _ in changed} == set(networks)
+
+
+@cases("sd15", "sd3")
+def test_half_precision(run, network):
+    """Adapters over lighter weights, in bfloat16."""
+    output = run(*LORA, "--mixed_precision", "bf16")
+    weights = read_result(output, network)
+    assert all(value.isfinite().all() for value in weights.values())
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+
+
+# Options and bad input
+
+
+@cases("sd15", "sd3")
+def test_validation_draws_alike_each_time(run):
+    """By a sampler that adds noise, too."""
+    output = run("--validation_prompts", "a red disc", "--num_validation_images", 1, "--learning_rate", 1e-30)
+    grid = Image.open(output / "validation" / "iteration-000004-prompt-0.png")
+    assert grid.crop((0, 0, 16, 16)).tobytes() == grid.crop((0, 16, 16, 32)).tobytes()
+
+
+def test_help_shows_only_what_is_there(system, family, capsys):
+    with pytest.raises(SystemExit):
+        system.script.parse_args(["--family", family.name, "--help"])
+    text = capsys.readouterr().out
+    for absent in ("--adversarial_loss_weight", "--num_gradient_steps", "--drift_tolerance", "--rollout_time_ids"):
+        assert absent not in text
+    args = system.script.parse_args(
+        ["--family", family.name, "--pretrained_model_name_or_path", "x", "--dataset_name", "y"]
+    )
+    assert all(f"--{name}" in text for name in args.natures)
+    assert args.public().keys() <= args.natures.keys() and "hub_token" not in args.public()
+
+
+@cases("sd15")
+def test_family_is_asked_for(system, capsys):
+    with pytest.raises(SystemExit):
+        system.script.parse_args(["--help"])
+    assert "With it, --help shows all options." in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        system.script.parse_args(["--pretrained_model_name_or_path", "x"])
+    assert "error: give --family." in capsys.readouterr().err
+
+
+@cases("sd15")
+def test_bad_input_is_refused_before_weights_are_loaded(run, no_weights, tmp_path):
+    for more, sentence in {
+        ("--pretrained_model_name_or_path", tmp_path / "none"): "is not a readable pipeline",
+        ("--caption_column", "caption"): "--caption_column caption is not a column of the dataset",
+        ("--resolution", 17): "--resolution 17 is not divisible by",
+        ("--use_lora", "--lora_target_modules", "to_z"): "--lora_target_modules to_z is no linear",
+    }.items():
+        with pytest.raises(ADTError, match=re.escape(sentence)):
+            run(*more)

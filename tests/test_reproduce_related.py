@@ -1,0 +1,71 @@
+"""What `make related` compares; the runs themselves take hours."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMScheduler
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+
+import reproduce_related
+from reproduce_related import ADDS, CONSISTENT, FEW, RUNS, SAMPLING, START
+
+import train_adt_sd15
+from related import train_add, train_hybrid, train_lcm, train_robust
+
+
+SCRIPTS = {script.__name__: script for script in (train_add, train_hybrid, train_lcm, train_robust)}
+BASE = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data", "--resolution", "32"]
+
+
+@pytest.mark.parametrize("comparison", RUNS)
+def test_scripts_understand_what_the_runs_say(comparison):
+    parsed = {}
+    for name, (module, _, settings) in RUNS[comparison].items():
+        words = BASE if module is None else ["--family", "sd15", *BASE]
+        parsed[name] = vars((SCRIPTS[module] if module else train_adt_sd15).parse_args([*words, *map(str, settings)]))
+    if comparison == FEW:  # an ablation changes what it says and nothing else
+        for name, own in {
+            "ADD, no condition": {"discriminator_condition"}, "ADD, text condition": {"discriminator_condition"},
+            "ADD, image condition": {"discriminator_condition"}, "ADD, distillation only": {"adversarial_weight"},
+            "ADD, no guidance of the teacher": {"teacher_guidance_scale"},
+        }.items():  # fmt: skip
+            assert {key for key, value in parsed[name].items() if value != parsed["ADD"][key]} == own
+    assert {args["train_batch_size"] for args in parsed.values()} == {8}
+
+
+def test_runs_of_one_name_are_one_run():
+    runs = {}
+    for comparison in RUNS.values():
+        for name, run in comparison.items():
+            assert runs.setdefault(name, run) == run
+
+
+def test_every_run_is_sampled_in_steps_that_it_has():
+    for comparison, samplings in SAMPLING.items():
+        sampled = [name for names, _ in samplings for name in names]
+        assert sorted(sampled) == sorted([START, *RUNS[comparison]])
+    noise_scheduler = DDPMScheduler()
+    for names, sampling in SAMPLING[FEW]:
+        for word in sampling:
+            if str(word).startswith("own:"):
+                points = train_add.STUDENT_STEPS if names == ADDS else train_lcm.NUM_POINTS["sd15"]
+                sampler = train_add.make_lcm_scheduler(noise_scheduler, points, train_adt_sd15)
+                sampler.set_timesteps(int(word.split(":")[1]))
+    assert names == CONSISTENT
+
+
+def test_numbers_and_tables(tmp_path, capsys):
+    args = reproduce_related.argparse.Namespace(report=tmp_path / "related.md", num_images=512)
+    metrics = dict.fromkeys((*reproduce_related.METRICS, reproduce_related.FOLLOWED), 2.0)
+    for seed, value in (("0", 1.0), ("1", 3.0)):
+        numbers = reproduce_related.read_numbers(args)
+        found = {"ADD": {"4": {seed: metrics | {"fid": value}}}}
+        reproduce_related.add_numbers(numbers, "glow", FEW, found, args)
+    reproduce_related.write_report(reproduce_related.read_numbers(args), args)
+    assert "| ADD | 4 | 0, 1 | 2.00 ± 1.41 | 2.00 ± 0.00 |" in args.report.read_text()
+    args.num_images = 100
+    with pytest.raises(SystemExit, match="is of 512 images a number"):
+        reproduce_related.read_numbers(args)

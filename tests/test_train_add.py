@@ -1,0 +1,449 @@
+"""Adversarial diffusion distillation: losses, targets and steps, against hand computations and autograd."""
+
+import json
+import shutil
+import types
+
+import pytest
+import torch
+from conftest import FAMILIES, reset_accelerate
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from helpers import equal, read_network, read_scalars
+
+from related import train_add
+from related.related_utils import (
+    noise_levels,
+    one_step,
+    predicted_noise,
+    predicted_original,
+    prediction_type,
+)
+from related.train_add import (
+    STUDENT_STEPS,
+    ConditionedDiscriminator,
+    distillation_loss,
+    hinge,
+    make_condition,
+    make_student_sampler,
+    noise_free_target,
+    r1_penalty,
+)
+from training_utils import ADTError, Trained, make_predict
+
+
+TINY = ("--discriminator_layers", "-1", "1", "3", "--discriminator_resolution", 16)
+
+
+@pytest.fixture
+def run(family, base_path, dinov2_path, dataset_path, tmp_path):
+    def run(*more, output_dir="out"):
+        reset_accelerate()
+        words = [
+            "--family", family.name, "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
+            "--discriminator_model_name_or_path", dinov2_path, *TINY, "--resolution", 16, "--train_batch_size", 2,
+            "--max_train_steps", 2, "--learning_rate", 1e-3, "--discriminator_learning_rate", 1e-3,
+            "--lr_warmup_steps", 0, *family.options, "--output_dir", tmp_path / output_dir, *more,
+        ]  # fmt: skip
+        train_add.main(train_add.parse_args([str(word) for word in words]))
+        return tmp_path / output_dir
+
+    return run
+
+
+@pytest.fixture
+def systems(monkeypatch):
+    """What runs have trained with, in a list."""
+    found = []
+    original = train_add.train
+    monkeypatch.setattr(
+        train_add, "train", lambda system, validation: found.append(system) or original(system, validation)
+    )
+    return found
+
+
+only_sd15 = pytest.mark.parametrize("family", [FAMILIES["sd15"]], ids=["sd15"])
+
+
+# Predictions
+
+
+MODULES = {
+    "epsilon": FAMILIES["sd15"].train, "v_prediction": FAMILIES["sdxl"].train, "flow_prediction": FAMILIES["sd3"].train
+}  # fmt: skip
+
+
+def make_scheduler(predicts):
+    if predicts == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return DDPMScheduler(prediction_type=predicts, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow_prediction"])
+def test_predictions_are_made_into_what_they_stand_for(predicts):
+    scheduler = make_scheduler(predicts)
+    assert prediction_type(scheduler) == predicts
+    original, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    timesteps = torch.tensor([999, 499, 19])
+    a, s = noise_levels(scheduler, timesteps)
+    sample = a * original + s * noise
+    prediction = {
+        "epsilon": noise, "v_prediction": a * noise - s * original, "flow_prediction": noise - original
+    }[predicts]  # fmt: skip
+    torch.testing.assert_close(predicted_original(prediction, sample, (a, s), predicts), original, rtol=0, atol=1e-4)
+    torch.testing.assert_close(predicted_noise(prediction, sample, (a, s), predicts), noise, rtol=0, atol=1e-4)
+    if predicts != "flow_prediction":
+        assert a[0].item() == pytest.approx(0.0683, abs=1e-4)  # Stable Diffusion's last level keeps some signal
+        expected = scheduler.add_noise(original, noise, timesteps)
+    else:
+        assert s.flatten().tolist() == pytest.approx([0.999, 0.499, 0.019])
+        expected = original + s * (noise - original)
+    torch.testing.assert_close(sample, expected)
+
+
+def test_one_step_has_autograds_gradient(run, systems):
+    run("--max_train_steps", 1, "--learning_rate", 1e-30)
+    [system] = systems
+    network, module, run_ = system.student.network.eval(), system.module, system.run
+    examples = next(iter(train_add.make_dataloader(run_)))
+    batch = train_add.prepare_student(examples, 0, system)
+    levels = noise_levels(system.models.noise_scheduler, batch.timesteps)
+    predict = make_predict(network, batch.batch.conditions, module.call_network)
+
+    def loss_of(original):
+        return (module.decode_latents(system.models.vae, original) - batch.batch.images).square().mean()
+
+    path = one_step(predict, batch.sample, batch.timesteps, levels, system.predicts)
+    [gradient] = path.prediction_gradients(loss_of(path.latents))
+    [replay] = path.replay(predict, [gradient])
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(replay(), parameters, allow_unused=True)
+
+    prediction = predict(batch.sample, batch.timesteps, (1,))
+    original = predicted_original(prediction, batch.sample, levels, system.predicts)
+    torch.testing.assert_close(original, path.latents)
+    expected = torch.autograd.grad(loss_of(original), parameters, allow_unused=True)
+    pairs = [(own, other) for own, other in zip(found, expected, strict=True) if other is not None]
+    own, other = (torch.cat([gradient.flatten() for gradient in side]) for side in zip(*pairs))
+    assert ((own - other).norm() / other.norm()).item() < 1e-5
+
+
+# The student's steps
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow_prediction"])
+def test_saved_scheduler_samples_on_the_training_grid(predicts):
+    scheduler = make_scheduler(predicts)
+    grid = make_student_sampler(scheduler, STUDENT_STEPS, MODULES[predicts]).timesteps.tolist()
+    if predicts == "flow_prediction":
+        assert grid == pytest.approx([1000, 900, 750, 500])  # shares 1, 3/4, 1/2, 1/4 under the shift of 3
+    else:
+        assert grid == [999, 749, 499, 249]
+    for num_steps, indices in {1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3]}.items():
+        sampler = make_student_sampler(scheduler, num_steps, MODULES[predicts])
+        assert sampler.timesteps.tolist() == [grid[n] for n in indices]
+
+
+def test_saved_pipeline_calls_the_network_on_the_grid(run, systems, family):
+    output = run("--num_inference_steps", 3)
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    pipeline.set_progress_bar_config(disable=True)
+    seen = []
+    network = getattr(pipeline, family.network)
+    network.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1]),
+        with_kwargs=True,
+    )
+    args = systems[0].run.args
+    pipeline("a red disc", output_type="latent", **train_add.make_family(args).inference_options(args))
+    assert [float(timestep.flatten()[0]) for timestep in seen] == pytest.approx(systems[0].grid[:3].tolist())
+
+
+@only_sd15
+def test_student_starts_from_noise_alone_at_the_first_timestep(run, systems):
+    run("--train_batch_size", 8, "--discriminator_norm_group", 2)
+    [system] = systems
+    examples = next(iter(train_add.make_dataloader(system.run)))
+    batch = train_add.prepare_student(examples, 0, system)
+    pure = batch.timesteps == 999
+    assert 0 < pure.sum() < 8 and set(batch.timesteps.tolist()) <= {999, 749, 499, 249}
+    assert torch.equal(batch.sample[pure], batch.batch.noise[pure])
+    a, s = noise_levels(system.models.noise_scheduler, batch.timesteps)
+    noisy = a * batch.batch.latents + s * batch.batch.noise
+    torch.testing.assert_close(batch.sample[~pure], noisy[~pure])
+    # What the discriminator sees beside: nothing of an image of which the student has seen nothing.
+    channels = system.feature_network.channels
+    text, image = batch.condition[:, :-channels], batch.condition[:, -channels:]
+    assert image[pure].abs().max() == 0 and image[~pure].abs().amax(dim=1).min() > 0
+    encoder = system.models.prompt_encoder
+    tokens = encoder.tokenizer(
+        batch.batch.captions[0], padding="max_length", max_length=encoder.tokenizer.model_max_length,
+        truncation=True, return_tensors="pt",
+    )  # fmt: skip
+    torch.testing.assert_close(text[0], encoder.text_encoder(tokens.input_ids).pooler_output[0])
+
+
+def test_conditions(run, systems):
+    """Text alone is the model's pooled embedding, and what the two have is one after the other."""
+    run()
+    [system] = systems
+    batch = train_add.prepare_student(next(iter(train_add.make_dataloader(system.run))), 0, system)
+    pure, found = torch.tensor([True, False]), {}
+    for name in ("none", "text", "image", "both"):
+        args = types.SimpleNamespace(discriminator_condition=name, adversarial_weight=1)
+        encoder = system.models.prompt_encoder
+        found[name] = make_condition(batch.batch, pure, encoder, system.feature_network, args)
+        width = train_add.condition_width(encoder, system.feature_network, args)
+        assert width == (0 if name == "none" else found[name].shape[1])
+    assert found["none"] is None and torch.equal(torch.cat([found["text"], found["image"]], dim=1), found["both"])
+    embedding = system.feature_network.embed(batch.batch.images)
+    assert found["image"][0].abs().max() == 0 and torch.equal(found["image"][1], embedding[1])
+    if "pooled_prompt_embeds" in batch.batch.conditions.positive:
+        assert torch.equal(found["text"], batch.batch.conditions.positive["pooled_prompt_embeds"])
+
+
+# The discriminator
+
+
+def test_projection_by_hand():
+    torch.manual_seed(0)
+    discriminator = ConditionedDiscriminator(8, 2, condition_width=3, norm_group=1).eval()
+    features = [torch.randn(2, 8, 5), torch.randn(2, 8, 5)]
+    condition = torch.randn(2, 3)
+    scores = discriminator(features, condition)
+    for head, linear, x, score in zip(discriminator.heads, discriminator.maps, features, scores, strict=True):
+        expected = torch.einsum("bwl,bw->bl", head(x), linear(condition)) / 8
+        torch.testing.assert_close(score, expected)
+    assert not torch.allclose(scores[0], discriminator(features, -condition)[0])
+    assert [score.shape for score in ConditionedDiscriminator(8, 2)(features)] == [(2, 5)] * 2
+
+
+def test_hinge_by_hand():
+    scores = [torch.tensor([[0.5, 2.0]]), torch.tensor([[-3.0, 0.0]])]
+    assert hinge(scores, 1).item() == pytest.approx((0.5 + 0) / 2 + (4 + 1) / 2)
+    assert hinge(scores, -1).item() == pytest.approx((1.5 + 3) / 2 + (0 + 1) / 2)
+
+
+def test_r1_by_hand_and_its_gradient():
+    """Of linear heads `D = w . h` the gradient at each token is `w`: R1 is `L |w|^2`, and its gradient `2 L w`."""
+    weights = [torch.randn(4, requires_grad=True) for _ in range(2)]
+    features = [torch.randn(3, 4, length, requires_grad=True) for length in (5, 7)]
+    scores = [torch.einsum("bcl,c->bl", x, w) for x, w in zip(features, weights, strict=True)]
+    penalty = r1_penalty(scores, features)
+    expected = 5 * weights[0].square().sum() + 7 * weights[1].square().sum()
+    torch.testing.assert_close(penalty, expected)
+    gradients = torch.autograd.grad(penalty, weights)
+    for gradient, weight, length in zip(gradients, weights, (5, 7), strict=True):
+        torch.testing.assert_close(gradient, 2 * length * weight)
+
+
+def test_r1_is_that_of_a_double_backward_through_the_real_heads():
+    torch.manual_seed(0)
+    discriminator = ConditionedDiscriminator(8, 1, condition_width=3, norm_group=1).eval()
+    x, condition = torch.randn(2, 8, 5, requires_grad=True), torch.randn(2, 3)
+    penalty = r1_penalty(discriminator([x], condition), [x])
+    # The squared norm is the largest squared slope: along the gradient a small step shows it.
+    [gradient] = torch.autograd.grad(discriminator([x], condition)[0].sum(), x)
+    norm = gradient.flatten(1).norm(dim=1)
+    step = 1e-3 * gradient / norm.view(2, 1, 1)
+    with torch.no_grad():
+        rise = discriminator([x + step], condition)[0].sum(1) - discriminator([x - step], condition)[0].sum(1)
+    torch.testing.assert_close(penalty.detach(), (rise / 2e-3).square().mean(), rtol=1e-2, atol=0)
+    penalty.backward()
+    assert all(parameter.grad is not None for parameter in discriminator.maps.parameters() if parameter.ndim == 2)
+
+
+# Distillation
+
+
+def make_distillation(predicts, target, space="latent", teacher_scale=1.0):
+    """A batch and a system whose teacher predicts what depends on the condition alone."""
+    generator = torch.Generator().manual_seed(0)
+    original, noise, positive, negative, unwanted = torch.randn(5, 2, 4, 8, 8, generator=generator)
+    scheduler = make_scheduler(predicts)
+    timesteps = torch.tensor([700, 100])
+    conditions = types.SimpleNamespace(positive={"embeds": positive}, negative={"embeds": negative})
+    batch = types.SimpleNamespace(
+        path=types.SimpleNamespace(latents=original.requires_grad_()),
+        batch=types.SimpleNamespace(conditions=conditions),
+        teacher_timesteps=timesteps,
+        teacher_levels=noise_levels(scheduler, timesteps),
+        teacher_noise=noise,
+    )
+    args = types.SimpleNamespace(
+        distillation_target=target, distillation_space=space, teacher_guidance_scale=teacher_scale
+    )
+    system = types.SimpleNamespace(
+        run=types.SimpleNamespace(args=args),
+        models=types.SimpleNamespace(noise_scheduler=scheduler, vae=None),
+        module=None,
+        predicts=predicts,
+        negative={"embeds": unwanted},
+        teacher=lambda sample, timesteps, condition: condition["embeds"],
+    )
+    return batch, system, (original, noise, positive, negative, unwanted)
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow_prediction"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_exponential_target_and_weight(predicts, scale):
+    batch, system, (original, noise, positive, negative, _) = make_distillation(
+        predicts, "exponential", "latent", scale
+    )
+    a, s = batch.teacher_levels
+    guided = negative + scale * (positive - negative) if scale > 1 else positive
+    sample = a * original + s * noise
+    target = {
+        "epsilon": (sample - s * guided) / a, "v_prediction": a * sample - s * guided,
+        "flow_prediction": sample - s * guided,
+    }[predicts].detach()  # fmt: skip
+    loss = distillation_loss(batch, system)
+    torch.testing.assert_close(loss, (a * (original - target).square()).mean())
+    [gradient] = torch.autograd.grad(loss, original)
+    torch.testing.assert_close(gradient, 2 * a * (original - target).detach() / original.numel())
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow_prediction"])
+def test_sds_gradient(predicts):
+    """`w (eps_teacher - eps')` with `w = s^2`, over the number of elements that the mean divides by."""
+    batch, system, (original, noise, positive, *_) = make_distillation(predicts, "sds")
+    a, s = batch.teacher_levels
+    sample = (a * original + s * noise).detach()
+    teacher_noise = predicted_noise(positive, sample, (a, s), predicts)
+    [gradient] = torch.autograd.grad(distillation_loss(batch, system), original)
+    torch.testing.assert_close(gradient, s.square() * (teacher_noise - noise) / original.numel(), rtol=1e-4, atol=1e-7)
+
+
+def test_noise_free_target():
+    batch, system, (original, noise, positive, negative, unwanted) = make_distillation(
+        "epsilon", "nfsd", teacher_scale=7.5
+    )
+    a, s = batch.teacher_levels
+    target = noise_free_target((a * original + s * noise).detach(), batch, system)
+    condition = positive - negative
+    domain = torch.stack([(negative - unwanted)[0], negative[1]])  # at 700 and at 100
+    torch.testing.assert_close(target, (original - s / a * (domain + 7.5 * condition)).detach())
+    loss = distillation_loss(batch, system)
+    torch.testing.assert_close(loss, (a * (original - target).square()).mean())
+
+
+def test_noise_free_target_where_nothing_is_left_of_the_image():
+    batch, system, _ = make_distillation("flow_prediction", "nfsd")
+    batch.teacher_timesteps = torch.tensor([1000, 1000])
+    batch.teacher_levels = noise_levels(system.models.noise_scheduler, batch.teacher_timesteps)
+    assert batch.teacher_levels[0].max() == 0
+    assert distillation_loss(batch, system).isfinite()
+
+
+# The teacher
+
+
+@pytest.mark.parametrize("more", [(), ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)], ids=["full", "lora"])
+def test_teacher_is_the_base_bitwise(run, systems, more):
+    run(*more, "--max_train_steps", 3)
+    [system] = systems
+    student = system.student.network.eval()
+    base = system.module.load_network(system.run.args, system.run.accelerator).eval()
+    batch = train_add.prepare_student(next(iter(train_add.make_dataloader(system.run))), 0, system)
+    condition, call = batch.batch.conditions.positive, system.module.call_network
+    found = system.teacher(batch.sample, batch.timesteps, condition)
+    with torch.no_grad():
+        expected = call(base, batch.sample, batch.timesteps, condition)  # its new adapters do nothing yet
+        tuned = call(student, batch.sample, batch.timesteps, condition)
+        # And it leaves the student as it was.
+        assert torch.equal(tuned, call(student, batch.sample, batch.timesteps, condition))
+    assert torch.equal(found, expected) and not torch.equal(found, tuned)
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    assert parameters and (not more or all(parameter.ndim == 2 for parameter in parameters))
+
+
+# Options
+
+
+@only_sd15
+def test_options_change_the_run(run):
+    plain = run(output_dir="plain")
+    for n, more in enumerate(
+        [
+            ("--adversarial_weight", 0.5), ("--adversarial_weight", "auto"), ("--adversarial_weight", 0),
+            ("--distillation_weight", 0), ("--distillation_target", "sds"), ("--distillation_target", "nfsd"),
+            ("--distillation_space", "latent"), ("--teacher_guidance_scale", 4), ("--r1_weight", 1),
+            ("--discriminator_condition", "none"), ("--discriminator_condition", "text"),
+            ("--discriminator_condition", "image"), ("--discriminator_layers", 0, 2),
+            ("--discriminator_resolution", 12), ("--discriminator_norm_group", 1),
+            ("--discriminator_learning_rate", 1e-2), ("--discriminator_lr_warmup_steps", 10),
+        ]
+    ):  # fmt: skip
+        output = run(*more, output_dir=f"run-{n}")
+        assert not equal(read_network(plain), read_network(output)), more
+        scalars = read_scalars(output)
+        assert ("real_score" in scalars) == (more != ("--adversarial_weight", 0))
+        assert ("distillation_loss" in scalars) == (more != ("--distillation_weight", 0))
+        if "auto" in more:  # both losses move the predictions alike
+            for step, weight in scalars["adversarial_weight"].items():
+                ratio = scalars["distillation_gradient_norm"][step] / scalars["adversarial_gradient_norm"][step]
+                assert weight == pytest.approx(ratio, rel=1e-5)
+
+
+@only_sd15
+def test_discriminator_stays_where_the_teacher_alone_is_asked_for(run, monkeypatch):
+    stepped = []
+    step = Trained.step
+    monkeypatch.setattr(Trained, "step", lambda self, iteration: stepped.append(self.name) or step(self, iteration))
+    run("--adversarial_weight", 0)
+    assert set(stepped) == {"generator"}
+
+
+@only_sd15
+def test_teacher_guidance(run):
+    """Is none, but for the noise-free target's 7.5, and acts on each target."""
+    words = ["--family", "sd15", "--pretrained_model_name_or_path", "x", "--dataset_name", "y"]
+    assert train_add.parse_args(words).teacher_guidance_scale == 1
+    assert train_add.parse_args([*words, "--distillation_target", "nfsd"]).teacher_guidance_scale == 7.5
+    nfsd = ("--distillation_target", "nfsd")
+    results = [
+        run(*nfsd, *more, output_dir=f"run-{n}") for n, more in enumerate([(), ("--teacher_guidance_scale", 2)])
+    ]
+    assert not equal(*map(read_network, results))
+
+
+@only_sd15
+@pytest.mark.parametrize(
+    ("more", "kind"),
+    [
+        (("--adversarial_weight", 0), "steps: the base said what it would make of them."),
+        (("--distillation_weight", 0), "steps: a discriminator on DINOv2 features told its images from real ones."),
+    ],
+)
+def test_card_says_what_it_was_trained_by(run, more, kind):
+    assert kind in " ".join((run(*more) / "README.md").read_text().split())
+
+
+@only_sd15
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--num_inference_steps", 5), "--num_inference_steps 5: the student has 4 steps."),
+        (("--adversarial_weight", 0, "--distillation_weight", 0), "there is nothing to train by"),
+        (("--adversarial_weight", "auto", "--distillation_weight", 0), "needs a distillation loss to balance"),
+        (("--discriminator_norm_group", 3), "--discriminator_norm_group 3 does not divide"),
+    ],
+)
+def test_bad_options(run, capsys, more, sentence):
+    with pytest.raises(SystemExit):
+        run(*more)
+    assert sentence in capsys.readouterr().err
+
+
+@only_sd15
+def test_unsuitable_feature_network_is_refused_before_weights_are_loaded(run, no_weights):
+    with pytest.raises(ADTError, match="discriminator_layers \\[9\\]"):
+        run("--discriminator_layers", 9)
+
+
+@pytest.mark.parametrize("family", [FAMILIES["sd3"]], ids=["sd3"])
+def test_schedule_that_shifts_with_the_resolution_is_refused(run, base_path, no_weights, tmp_path):
+    shutil.copytree(base_path, tmp_path / "base")
+    file = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    with pytest.raises(ADTError, match="shifts its schedule with the resolution"):
+        run("--pretrained_model_name_or_path", tmp_path / "base")
