@@ -1,7 +1,7 @@
 """The related systems on the demo's base and worlds: few-step students, robust training, the diffusion-GAN hybrid.
 
     python demo/reproduce_related.py                                      # all of it: three hours on two cores
-    python demo/reproduce_related.py --worlds shaded --seeds 0
+    python demo/reproduce_related.py --worlds shaded --seeds 0 --runs ADD "ADD, adversary only"
 
 In each world and for each seed the base is `reproduce.py`'s `start`, the demo's pipeline after 2000 iterations of
 fine-tuning; every system goes on from there. Few-step students are compared with their teacher, the start itself, in
@@ -57,6 +57,8 @@ RUNS = {
         "ADD, no condition": ("related.train_add", 600, [*DISTILLED, "--discriminator_condition", "none"]),
         "ADD, text condition": ("related.train_add", 600, [*DISTILLED, "--discriminator_condition", "text"]),
         "ADD, image condition": ("related.train_add", 600, [*DISTILLED, "--discriminator_condition", "image"]),
+        "ADD, SDS": ("related.train_add", 600, [*DISTILLED, "--distillation_target", "sds"]),
+        "ADD, NFSD": ("related.train_add", 600, [*DISTILLED, "--distillation_target", "nfsd"]),
         "consistency": ("related.train_lcm", UPDATES, LCM),
         "consistency, robust": ("related.train_lcm", UPDATES // 3, [*LCM, "--robust_steps", "3"]),
     },
@@ -64,6 +66,9 @@ RUNS = {
         "fine-tuning": (None, UPDATES, [*FINE_TUNING, *COMMON]),
         "robust, as many updates": ("related.train_robust", UPDATES // 3, PLAIN),
         "robust, as many iterations": ("related.train_robust", UPDATES, PLAIN),
+        # What the passes alone do: three updates a batch, the same timesteps and noise, next to no perturbation.
+        "three passes, unperturbed": ("related.train_robust", UPDATES // 3, [*PLAIN, "--robust_step_size", "1e-9"]),
+        "robust, at a third of the rate": ("related.train_robust", UPDATES, [*PLAIN, "--learning_rate", "1e-4"]),
         "input perturbation": (
             "related.train_robust", UPDATES, [*PLAIN, "--robust_steps", "1", "--input_perturbation", "0.1"]
         ),
@@ -77,6 +82,7 @@ RUNS = {
         "ADT": (None, STEPS, METHODS["ADT, recipe"]),
     },
 }  # fmt: skip
+ALL_RUNS = list(dict.fromkeys(name for runs in RUNS.values() for name in runs))
 START = "start"
 # How each comparison samples: (runs, options of `evaluate_adt.py`).
 GUIDED = ["--sampler", "ddim:5", "ddim:10", "ddim:20", "ddim:50", "--guidance_scale", 3]
@@ -102,6 +108,7 @@ def parse_args():
     parser.add_argument("--assets", type=Path, default=DEMO / "assets", help="What make_assets.py wrote.")
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["shaded", "glow"])
     parser.add_argument("--comparisons", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=ALL_RUNS, default=ALL_RUNS, help="Of the comparisons.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_images", type=int, default=512, help="For each number.")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Processes at a time, on one core each.")
@@ -113,6 +120,7 @@ def train(args):
     starts = train_starts(argparse.Namespace(**vars(args), methods=[]))
     results = dict(starts)
     runs = {name: run for comparison in args.comparisons for name, run in RUNS[comparison].items()}
+    runs = {name: run for name, run in runs.items() if name in args.runs}
 
     def tune_one(world, name, seed):
         module, steps, settings = runs[name]
@@ -140,6 +148,9 @@ def evaluate(world, comparison, results, args) -> dict:
     """`{run: {steps: {seed: metrics}}}`, seeds and steps as strings, as JSON has them."""
     found = {}
     for names, sampling in SAMPLING[comparison]:
+        names = [name for name in names if name == START or name in args.runs]
+        if not names:
+            continue
         pipelines = {f"{folder(name)}-{seed}": (name, seed) for name in names for seed in args.seeds}
         paths = {key: results[world, *run] for key, run in pipelines.items()}
         runs, _ = compare(world, paths, args, sampling, METRICS, "report-related")
@@ -180,11 +191,11 @@ def write_report(numbers, args):
         "",
         f"    python demo/reproduce_related.py --num_images {numbers['num_images']}",
         "",
-        "with `--worlds`, `--comparisons` and `--seeds` for a part; the numbers of each run are in `related.json`, "
-        "and these tables are of those that are there. Settings are in `demo/reproduce_related.py`, worlds in "
-        f"`demo/worlds.py`, the metrics those of `reproduction.md`. `{START}` is the pipeline from which every run "
-        "goes on, and the few-step students' teacher; students are sampled without guidance, the others with "
-        "guidance 3.",
+        "with `--worlds`, `--comparisons`, `--runs` and `--seeds` for a part; the numbers of each run are in "
+        "`related.json`, and these tables are of those that are there. Settings are in `demo/reproduce_related.py`, "
+        "worlds in `demo/worlds.py`, the metrics those of `reproduction.md`. "
+        f"`{START}` is the pipeline from which every run goes on, and the few-step students' teacher; students are "
+        "sampled without guidance, the others with guidance 3.",
     ]
     for world, comparisons in numbers["worlds"].items():
         for comparison, found in comparisons.items():

@@ -30,7 +30,8 @@ def test_scripts_understand_what_the_runs_say(comparison):
         for name, own in {
             "ADD, no condition": {"discriminator_condition"}, "ADD, text condition": {"discriminator_condition"},
             "ADD, image condition": {"discriminator_condition"}, "ADD, distillation only": {"adversarial_weight"},
-            "ADD, no guidance of the teacher": {"teacher_guidance_scale"},
+            "ADD, no guidance of the teacher": {"teacher_guidance_scale"}, "ADD, SDS": {"distillation_target"},
+            "ADD, NFSD": {"distillation_target"},
         }.items():  # fmt: skip
             assert {key for key, value in parsed[name].items() if value != parsed["ADD"][key]} == own
     assert {args["train_batch_size"] for args in parsed.values()} == {8}
