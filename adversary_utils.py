@@ -15,6 +15,7 @@
 
 - `check_feature_network`, `check_adversary`, `norm_group`: what is known before a model is loaded;
 - `make_adversary`, `Adversary`: features, references, the discriminator's update;
+- `global_partners`, `of_partners`: other images than a pair's own;
 - `adversarial_weight`: the balance of the generator's two losses;
 - `score_gap`, `reconstruction_difference`: what shows by what the discriminator tells real from generated;
 - `DriftGuard`: whether validation images still show what they should.
@@ -138,7 +139,7 @@ class Adversary:
         optimizer = make_optimizer(torch.optim.AdamW, network, args.discriminator_learning_rate, args)
         lr_scheduler = make_lr_scheduler(optimizer, args.discriminator_lr_warmup_steps, args.max_train_steps, args)
         self.discriminator = prepare_trained("discriminator", network, optimizer, lr_scheduler, run)
-        self.saturated_for, self.warned, self.warned_of_captions = 0, False, False
+        self.saturated_for, self.warned = 0, False
 
     def features(self, batch, images, purpose):
         """`F(T(images))`, for images that go with those of `batch`, by the augmentation drawn for `purpose`."""
@@ -152,10 +153,7 @@ class Adversary:
         return self.features(batch, batch.images, scored_as if self.pairing == "shared" else "reference")
 
     def mismatched_references(self, batches, references):
-        """For each image the reference features of another, of another caption: `mismatched_partners`' choice.
-
-        It is made in the global batch, since a micro-batch may hold one image only, and so that processes and
-        micro-batches can stand for each other.
+        """For each image the reference features of its `global_partners` one, of another caption.
 
         Args:
             references: each micro-batch's `reference_features`.
@@ -164,20 +162,10 @@ class Adversary:
             as `references`; None where all captions of the global batch are equal.
         """
         accelerator = self.discriminator.run.accelerator
-        of_process = gather_object([[batch.captions for batch in batches]])
-        partners = mismatched_partners([text for micro in zip(*of_process) for part in micro for text in part])
+        partners = global_partners([batch.captions for batch in batches], accelerator)
         if partners is None:
-            if not self.warned_of_captions:
-                logger.warning("All captions of a global batch are equal: it has no mismatched pair.")
-            self.warned_of_captions = True
             return None
-        shape = (len(batches), accelerator.num_processes, len(batches[0].captions))
-        own = torch.tensor(partners, device=accelerator.device).view(shape)[:, accelerator.process_index]
-        found = []
-        for layer in zip(*references):  # a layer's features in each micro-batch, (B, C, L)
-            everywhere = accelerator.gather(torch.stack(layer)).unflatten(0, (-1, len(batches)))
-            everywhere = everywhere.transpose(0, 1).flatten(0, 2)  # by position in the global batch
-            found.append([everywhere[rows] for rows in own])
+        found = [of_partners(layer, partners, accelerator) for layer in zip(*references)]
         return [list(features) for features in zip(*found)]
 
     def step(self, iteration):
@@ -195,6 +183,42 @@ class Adversary:
                 f"The discriminator is saturated: its scores for real and generated images have been {gap:.2f} "
                 f"apart for {SATURATION_ITERATIONS} iterations. Lower --discriminator_learning_rate."
             )
+
+
+# Mismatched pairs
+
+
+def global_partners(captions, accelerator) -> torch.Tensor | None:
+    """For each image of this process the index in the global batch of another one, as `mismatched_partners` chooses.
+
+    The choice is made in the global batch, since a micro-batch may hold one image only, and so that processes and
+    micro-batches can stand for each other.
+
+    Args:
+        captions: each micro-batch's, lists of B strings.
+
+    Returns:
+        (micro-batches, B); None where all captions of the global batch are equal, of which it warns.
+    """
+    of_process = gather_object([captions])
+    partners = mismatched_partners([text for micro in zip(*of_process) for part in micro for text in part])
+    if partners is None:
+        logger.warning_once("All captions of a global batch are equal: it has no mismatched pair.")
+        return None
+    shape = (len(captions), accelerator.num_processes, len(captions[0]))
+    return torch.tensor(partners, device=accelerator.device).view(shape)[:, accelerator.process_index]
+
+
+def of_partners(values, partners, accelerator) -> list[torch.Tensor]:
+    """The partners' values, (B, ...), for each micro-batch.
+
+    Args:
+        values: each micro-batch's own, (B, ...).
+        partners: see `global_partners`.
+    """
+    everywhere = accelerator.gather(torch.stack(list(values))).unflatten(0, (-1, len(values)))
+    everywhere = everywhere.transpose(0, 1).flatten(0, 2)  # by position in the global batch
+    return [everywhere[rows] for rows in partners]
 
 
 # The balance of the losses, and what the discriminator tells apart

@@ -39,7 +39,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from adt_utils import discriminator_head, update_spectral_norm
-from adversary_utils import check_feature_network, make_feature_network, norm_group
+from adversary_utils import check_feature_network, global_partners, make_feature_network, norm_group, of_partners
 from data_utils import draw_per_image, make_dataloader
 from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
@@ -129,6 +129,8 @@ def parse_args(input_args=None):
         help="Images to a batch norm group; the largest divisor of the batch size that is at most 8.")  # fmt: skip
     add("--discriminator_condition", choices=["none", "text", "image", "both"], default="both",
         help="What beside the image it sees.")  # fmt: skip
+    add("--mismatched_pair_weight", type=non_negative_float, default=0.0,
+        help="Of real images under other captions' conditions as negatives.")  # fmt: skip
     add("--r1_weight", type=non_negative_float, default=1e-5, help="Of the penalty on the heads' input gradients.")
     add("--discriminator_learning_rate", type=positive_float, default=1e-5, help="The discriminator's.")
     add("--discriminator_lr_warmup_steps", type=non_negative_int, default=0, help="In discriminator updates.")
@@ -140,6 +142,8 @@ def parse_args(input_args=None):
         parser.error(f"--num_inference_steps {args.num_inference_steps}: the student has {STUDENT_STEPS} steps.")
     if args.adversarial_weight == 0 and args.distillation_weight == 0:
         parser.error("--adversarial_weight and --distillation_weight are both 0: there is nothing to train by.")
+    if args.mismatched_pair_weight > 0 and (args.adversarial_weight == 0 or args.discriminator_condition == "none"):
+        parser.error("--mismatched_pair_weight needs a discriminator that sees a condition.")
     if args.adversarial_weight == "auto" and args.distillation_weight == 0:
         parser.error("--adversarial_weight auto needs a distillation loss to balance: --distillation_weight is 0.")
     return args
@@ -425,28 +429,30 @@ def prepare_student(examples, iteration, system) -> StudentBatch:
 
 
 def update_discriminator(batches, iteration, system) -> dict:
-    """Step 4: hinge on real and on the student's images, and R1 on the real ones.
+    """Step 4: hinge on real, on mismatched and on the student's images, and R1 on the real ones.
 
-    Real and fake go through in forwards of their own, since one would mix their batch norm statistics, and each
-    forward's backward comes before the next forward, since data parallelism needs that.
+    They go through in forwards of their own, since one would mix their batch norm statistics, and each forward's
+    backward comes before the next forward, since data parallelism needs that.
     """
     run, discriminator = system.run, system.discriminator
-    totals = Totals(len(batches))
+    totals, others = Totals(len(batches)), mismatched_conditions(batches, run)
     update_spectral_norm(discriminator.network)
     for n, batch in enumerate(batches):
-        for kind, images, sign in (("real", batch.batch.images, 1), ("fake", batch.images.detach(), -1)):
-            with torch.no_grad():
-                features = system.feature_network(images)
-            penalised = kind == "real" and run.args.r1_weight > 0
-            if penalised:
-                features = [feature.requires_grad_() for feature in features]
+        with torch.no_grad():
+            real, fake = (system.feature_network(images) for images in (batch.batch.images, batch.images.detach()))
+        if run.args.r1_weight > 0:
+            real = [feature.requires_grad_() for feature in real]
+        pairs = [("real", real, batch.condition, 1.0), ("fake", fake, batch.condition, 1.0)]
+        if others is not None:
+            detached = [feature.detach() for feature in real]
+            pairs.insert(1, ("mismatched", detached, others[n], run.args.mismatched_pair_weight))
+        for kind, features, condition, weight in pairs:
             with discriminator.synchronise_if(kind == "fake" and n == len(batches) - 1):
-                scores = discriminator.wrapped(features, batch.condition)
-                loss = hinge(scores, sign)
-                totals.add_means(
-                    discriminator_loss=loss, **{f"{kind}_score": torch.stack([s.mean() for s in scores]).mean()}
-                )
-                if penalised:
+                scores = discriminator.wrapped(features, condition)
+                loss = weight * hinge(scores, 1 if kind == "real" else -1)
+                score = torch.stack([score.mean() for score in scores]).mean()
+                totals.add_means(**{"discriminator_loss": loss, f"{kind}_score": score})
+                if kind == "real" and run.args.r1_weight > 0:
                     penalty = r1_penalty(scores, features)
                     totals.add_means(r1=penalty)
                     loss = loss + run.args.r1_weight * penalty
@@ -454,6 +460,16 @@ def update_discriminator(batches, iteration, system) -> dict:
     values = totals.reduce(run.accelerator, iteration)
     discriminator.step(iteration)
     return values | {"discriminator_lr": discriminator.lr}
+
+
+def mismatched_conditions(batches, run):
+    """For each micro-batch the conditions of other captions' images, (B, width); None where there are to be none."""
+    if run.args.mismatched_pair_weight == 0:
+        return None
+    partners = global_partners([batch.batch.captions for batch in batches], run.accelerator)
+    if partners is None:
+        return None
+    return of_partners([batch.condition for batch in batches], partners, run.accelerator)
 
 
 def update_student(batches, iteration, system) -> dict:

@@ -10,6 +10,7 @@ from typing import Callable  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+from accelerate.logging import MultiProcessAdapter  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: E402
 from transformers import CLIPTextModel, Dinov2Model  # noqa: E402
@@ -105,6 +106,7 @@ def reset_accelerate():
     """Accelerate keeps its state for the life of a process: start each run as a new process would."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    MultiProcessAdapter.warning_once.cache_clear()
 
 
 @pytest.fixture(autouse=True)

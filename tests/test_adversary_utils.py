@@ -51,13 +51,14 @@ def test_partners_are_found_in_the_global_batch():
 
     accelerator = SimpleNamespace(num_processes=2, process_index=0, device="cpu", gather=gather)
     run = SimpleNamespace(accelerator=accelerator)
-    adversary = SimpleNamespace(discriminator=SimpleNamespace(run=run), warned_of_captions=True)
+    adversary = SimpleNamespace(discriminator=SimpleNamespace(run=run))
     batches = [SimpleNamespace(captions=["a"]), SimpleNamespace(captions=["b"])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adversary_utils, "gather_object", lambda own: [*own, [["a"], ["c"]]])
         found = Adversary.mismatched_references(adversary, batches, references(["a", "b"]))
         # The global batch is a (0, first micro-batch), a (1), b (0, second), c (1).
         assert [[layer.unique().tolist() for layer in layers] for layers in found] == [[[2.0]], [[3.0]]]
+        PartialState()  # which accelerate's logger asks for
         patch.setattr(adversary_utils, "gather_object", lambda own: [[["a"], ["a"]], [["a"], ["a"]]])
         assert Adversary.mismatched_references(adversary, batches, references(["a", "a"])) is None
 

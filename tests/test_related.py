@@ -42,7 +42,8 @@ class System:
 SYSTEMS = {
     "add": System(
         train_add,
-        "--discriminator_layers -1 1 3 --discriminator_resolution 16 --discriminator_learning_rate 1e-3",
+        "--discriminator_layers -1 1 3 --discriminator_resolution 16 --discriminator_learning_rate 1e-3 "
+        "--mismatched_pair_weight 0.5",
     ),
     "hybrid": System(
         train_hybrid,

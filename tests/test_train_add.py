@@ -204,6 +204,32 @@ def test_conditions(run, systems):
 # The discriminator
 
 
+@only_sd15
+def test_mismatched_pairs_are_real_images_under_others_conditions(run, monkeypatch):
+    """Each an image's own features, under the condition of the next of another caption, and a term of the loss."""
+    rows, seen = [], []
+    original = train_add.update_discriminator
+
+    def watched(batches, iteration, system):
+        [batch] = batches
+        rows.append((system.feature_network(batch.batch.images), batch.condition))
+        hook = system.discriminator.wrapped.register_forward_hook(
+            lambda _, inputs, scores: seen.append((*inputs, scores))
+        )
+        values = original(batches, iteration, system)
+        hook.remove()
+        return values
+
+    monkeypatch.setattr(train_add, "update_discriminator", watched)
+    weight = 0.5
+    scalars = read_scalars(run("--mismatched_pair_weight", weight, "--max_train_steps", 1))
+    [(features, conditions)], [(_, _, real), (mismatched, others, scores), (_, _, fake)] = rows, seen
+    assert all(map(torch.equal, mismatched, features))
+    assert torch.equal(others, conditions.flip(0)) and not torch.equal(others, conditions)  # of two the other
+    [loss] = scalars["discriminator_loss"].values()
+    assert loss == pytest.approx((hinge(real, 1) + weight * hinge(scores, -1) + hinge(fake, -1)).item(), rel=1e-5)
+
+
 def test_projection_by_hand():
     torch.manual_seed(0)
     discriminator = ConditionedDiscriminator(8, 2, condition_width=3, norm_group=1).eval()
@@ -371,6 +397,7 @@ def test_options_change_the_run(run):
             ("--discriminator_condition", "image"), ("--discriminator_layers", 0, 2),
             ("--discriminator_resolution", 12), ("--discriminator_norm_group", 1),
             ("--discriminator_learning_rate", 1e-2), ("--discriminator_lr_warmup_steps", 10),
+            ("--mismatched_pair_weight", 1),
         ]
     ):  # fmt: skip
         output = run(*more, output_dir=f"run-{n}")
@@ -378,6 +405,7 @@ def test_options_change_the_run(run):
         scalars = read_scalars(output)
         assert ("real_score" in scalars) == (more != ("--adversarial_weight", 0))
         assert ("distillation_loss" in scalars) == (more != ("--distillation_weight", 0))
+        assert ("mismatched_score" in scalars) == (more == ("--mismatched_pair_weight", 1))
         if "auto" in more:  # both losses move the predictions alike
             for step, weight in scalars["adversarial_weight"].items():
                 ratio = scalars["distillation_gradient_norm"][step] / scalars["adversarial_gradient_norm"][step]
@@ -426,6 +454,8 @@ def test_card_says_what_it_was_trained_by(run, more, kind):
         (("--adversarial_weight", 0, "--distillation_weight", 0), "there is nothing to train by"),
         (("--adversarial_weight", "auto", "--distillation_weight", 0), "needs a distillation loss to balance"),
         (("--discriminator_norm_group", 3), "--discriminator_norm_group 3 does not divide"),
+        (("--mismatched_pair_weight", 1, "--adversarial_weight", 0), "needs a discriminator that sees a condition"),
+        (("--mismatched_pair_weight", 1, "--discriminator_condition", "none"), "that sees a condition"),
     ],
 )
 def test_bad_options(run, capsys, more, sentence):
