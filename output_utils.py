@@ -22,6 +22,7 @@ The sections can be read alone:
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
 from diffusers.utils import make_image_grid
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
@@ -57,6 +59,7 @@ from training_utils import (
 logger = get_logger(__name__)
 GOOD = "validated"  # a file in a checkpoint whose validation images had not drifted
 ADAPTERS = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks for
+KOHYA_ADAPTERS = "pytorch_lora_weights_kohya.safetensors"  # as diffusers' examples call it
 
 
 # Checkpoints
@@ -471,6 +474,7 @@ PLAIN = Method(
     sampling="The saved scheduler and the call above ({described}) are a choice: training has not sampled.",
 )
 FUSED = " The adapters are in the weights already: do not load the file with them on top."
+KOHYA = f"\n`{KOHYA_ADAPTERS}` has the same adapters for ComfyUI and tools that read kohya's files."
 
 
 def adt_or_plain(args) -> Method:
@@ -487,18 +491,30 @@ def adt_or_plain(args) -> Method:
 
 
 def create_output(args, accelerator) -> str | None:
-    """Makes the output folder, and the Hub's repository where it is asked for, whose id it returns."""
+    """Makes the output folder, and the Hub's repository where it is asked for, whose id it returns.
+
+    Raises:
+        ADTError: where the Hub cannot be reached, refuses the token or has no such place.
+    """
     if not accelerator.is_main_process:
         return None
+    repo_id = None
+    if args.push_to_hub:
+        name = args.hub_model_id or Path(args.output_dir).name
+        try:
+            repo_id = create_repo(repo_id=name, exist_ok=True, token=args.hub_token).repo_id
+        except Exception as error:  # of the Hub's, of its library or of the network's
+            raise ADTError(f"--push_to_hub: {name} cannot be made on the Hub: {one_line(error)}") from error
     os.makedirs(args.output_dir, exist_ok=True)
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).name
-    return create_repo(repo_id=name, exist_ok=True, token=args.hub_token).repo_id
+    return repo_id
 
 
 def save_result(generator, models, grids, run):
-    """Writes the pipeline or the adapters, the scheduler, the card and its images, and uploads them when asked."""
+    """Writes the pipeline or the adapters, the scheduler, the card and its images, and uploads them when asked.
+
+    Raises:
+        ADTError: where the upload fails, once all is written.
+    """
     args, family = run.args, run.family
     sampler = type(models.sampler).from_config(models.sampler.config)
     written = ["README.md", "adt_config.json"]  # what an upload takes, and nothing else that the folder may hold
@@ -507,6 +523,9 @@ def save_result(generator, models, grids, run):
             save_adapters(generator.network, family, args.output_dir)
             sampler.save_pretrained(os.path.join(args.output_dir, "scheduler"))
             written += [ADAPTERS, "scheduler/*"]
+            if args.output_kohya_format:
+                save_kohya_adapters(generator.network, family, args)
+                written.append(KOHYA_ADAPTERS)
         if not args.use_lora or args.fuse_lora:
             written += save_pipeline(generator.network, sampler, run)
     for n, grid in enumerate(grids):
@@ -515,15 +534,54 @@ def save_result(generator, models, grids, run):
         grid.save(file)
         written.append(f"images/{file.name}")
     write_model_card(sampler, bool(grids), run)
+    logger.info(f"Saved the result in {args.output_dir}")
     if args.push_to_hub:
+        upload_result(written, run)
+
+
+def upload_result(patterns, run):
+    """Uploads the files of the output folder that match. Raises `ADTError`, with what to do, where that fails."""
+    directory = run.args.output_dir
+    try:
         upload_folder(
             repo_id=run.repo_id,
-            folder_path=args.output_dir,
+            folder_path=directory,
             commit_message="End of training",
-            allow_patterns=written,
-            token=args.hub_token,
+            allow_patterns=patterns,
+            token=run.args.hub_token,
         )
-    logger.info(f"Saved the result in {args.output_dir}")
+    except Exception as error:  # whatever it is, the result is there
+        included = [word for pattern in patterns for word in ("--include", pattern)]
+        command = shlex.join(["hf", "upload", run.repo_id, directory, ".", *included])
+        raise ADTError(
+            f"The result is saved in {directory}, but it could not be uploaded; to do so later: {command} "
+            f"({one_line(error)})"
+        ) from error
+
+
+def one_line(error) -> str:
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    if type(error) is RuntimeError and error.__cause__ is not None:  # huggingface_hub's, which names the file alone
+        line += f" {one_line(error.__cause__)}"
+    return line
+
+
+def unet_adapters_to_kohya(adapters) -> dict:
+    """A UNet's adapters by kohya's names, {`lora_unet_MODULE.lora_down.weight`, `….lora_up.weight`}."""
+    named = convert_state_dict_to_kohya({f"unet.{name}": value for name, value in adapters.items()})
+    return {name: value for name, value in named.items() if not name.endswith(".alpha")}  # which are the ranks
+
+
+def save_kohya_adapters(network, family, args):
+    """The adapters as ComfyUI and kohya's scripts name them, each with its alpha.
+
+    Such tools scale `up @ down` by alpha over the rank, and by 1 where there is no alpha.
+    """
+    adapters = family.kohya_adapters(get_peft_model_state_dict(network))
+    ranks = {name: len(value) for name, value in adapters.items() if name.endswith(".lora_down.weight")}
+    for name, rank in ranks.items():
+        adapters[name.replace(".lora_down.weight", ".alpha")] = torch.tensor(rank * args.lora_alpha / args.rank)
+    save_file(adapters, Path(args.output_dir, KOHYA_ADAPTERS), metadata={"format": "pt"})
 
 
 def save_pipeline(network, sampler, run) -> list[str]:
@@ -625,6 +683,7 @@ def write_model_card(sampler, has_images, run):
         call=call,
         sampling=run.method.sampling.format(described=described)
         + FUSED * args.fuse_lora
+        + KOHYA * args.output_kohya_format
         + family.inference_note(args),
         image_prompts=args.validation_prompts if has_images else [],
         facts=facts,

@@ -70,6 +70,7 @@ from output_utils import (
     register_checkpoint_hooks,
     save_checkpoint,
     save_result,
+    unet_adapters_to_kohya,
 )
 from training_utils import (
     SAMPLERS,
@@ -331,6 +332,7 @@ FAMILY = Family(
     inference_options=inference_options,
     card_tags=("text-to-image", "diffusers", "diffusers-training", "stable-diffusion", "adversarial-diffusion-tuning"),
     sampler_facts=("timestep_spacing", "prediction_type"),
+    kohya_adapters=unet_adapters_to_kohya,
 )
 
 

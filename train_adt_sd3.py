@@ -37,6 +37,7 @@ changes a run.
 
 import argparse
 import math
+import re
 import sys
 import time
 
@@ -491,6 +492,64 @@ def inference_note(args) -> str:
     return f"\nT5 saw {args.max_sequence_length} tokens (`max_sequence_length`)."
 
 
+# The original model's names of what diffusers calls otherwise, and of a block's layers.
+ORIGINAL_NAMES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+# And of its queries, keys and values, in their order in the rows of one layer.
+ORIGINAL_QKV = {
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+}
+
+
+def adapters_to_kohya(adapters) -> dict:
+    """The adapters of the original model's layers, by kohya's names; the products `up @ down` are the same.
+
+    Args:
+        adapters: {`MODULE.lora_A.weight` (r, in), `MODULE.lora_B.weight` (out, r)} of diffusers' layers.
+
+    Returns:
+        {`lora_unet_MODULE.lora_down.weight`, `….lora_up.weight`}; (3 r, in) and (3 out, 3 r) for queries, keys and
+        values, whose `up` is block-diagonal, and fewer than 3 r where not all three have adapters.
+    """
+    rows = {layer: (name, row) for name, layers in ORIGINAL_QKV.items() for row, layer in enumerate(layers)}
+    downs, ups = {}, {}
+    for module in (name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")):
+        down, up = adapters[f"{module}.lora_A.weight"], adapters[f"{module}.lora_B.weight"]
+        index, layer = re.fullmatch(r"(?:transformer_blocks\.(\d+)\.)?(.+)", module).groups()
+        if layer in ("norm_out.linear", "norm1_context.linear") and len(up) == 2 * down.shape[1]:
+            up = torch.cat(up.chunk(2)[::-1])  # shift and scale, which change places in an output's modulation
+        name, row = rows.get(layer) or (ORIGINAL_NAMES[layer], None)
+        if row is not None:
+            up = torch.cat([up if n == row else torch.zeros_like(up) for n in range(3)])
+        name = name if index is None else f"joint_blocks.{index}.{name}"
+        downs.setdefault(name, []).append(down)
+        ups.setdefault(name, []).append(up)
+    kohya = {}
+    for name in downs:
+        kohya[f"lora_unet_{name.replace('.', '_')}.lora_down.weight"] = torch.cat(downs[name])
+        kohya[f"lora_unet_{name.replace('.', '_')}.lora_up.weight"] = torch.cat(ups[name], dim=1)
+    return kohya
+
+
 FAMILY = Family(
     pipeline_class=StableDiffusion3Pipeline,
     network_class=SD3Transformer2DModel,
@@ -506,6 +565,7 @@ FAMILY = Family(
         "adversarial-diffusion-tuning",
     ),
     sampler_facts=("prediction_type", "shift", "flow_shift", "use_dynamic_shifting"),
+    kohya_adapters=adapters_to_kohya,
     half_precision_components=("text_encoder_3",),
     absent_components=absent_components,
     unused_components=unused_components,

@@ -76,6 +76,7 @@ from output_utils import (
     register_checkpoint_hooks,
     save_checkpoint,
     save_result,
+    unet_adapters_to_kohya,
 )
 from training_utils import (
     SAMPLERS,
@@ -419,6 +420,7 @@ FAMILY = Family(
         "text-to-image", "diffusers", "diffusers-training", "stable-diffusion-xl", "adversarial-diffusion-tuning",
     ),
     sampler_facts=("timestep_spacing", "prediction_type"),
+    kohya_adapters=unet_adapters_to_kohya,
     inference_note=inference_note,
 )  # fmt: skip
 

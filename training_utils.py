@@ -165,6 +165,14 @@ def weight_or_auto(text):
     return weight
 
 
+def one_word(text):
+    """A `type=` function for a secret: less the space around it, such as a file's line end, and never repeated."""
+    word = text.strip()
+    if not word.isascii() or not word.isprintable() or " " in word:
+        raise argparse.ArgumentTypeError("must be one word of printable ASCII")  # else an HTTP error would quote it
+    return word
+
+
 def existing_folder(text):
     """A `type=` function: a folder that is there."""
     if not os.path.isdir(text):
@@ -279,6 +287,8 @@ def add_lora_arguments(parser):
     add("--use_lora", action=BOOLEAN, default=False, help="Train low-rank adapters, not the network's own weights.")
     add("--fuse_lora", Nature.NO_EFFECT, action=BOOLEAN, default=False,
         help="Save the full pipeline, with the adapters fused, as well.")  # fmt: skip
+    add("--output_kohya_format", Nature.NO_EFFECT, action=BOOLEAN, default=False,
+        help="Save the adapters for ComfyUI and kohya's tools as well.")  # fmt: skip
     add = adder(group, Nature.LORA)
     add("--rank", type=positive_int, default=16, help="Of the adapters.")
     add("--lora_alpha", type=positive_float, default=None, help="Adapters are scaled by it over rank; the rank.")
@@ -363,7 +373,8 @@ def add_output_arguments(parser):
     add("--tracker_project_name", help="The tracker's project.")
     add("--push_to_hub", action=BOOLEAN, default=False, help="Upload the tuned pipeline.")
     add("--hub_model_id", default=None, help="Its repository; the output folder's name by default.")
-    add("--hub_token", Nature.SECRET, default=None, help="Else the token of `hf auth login`. It is never written.")
+    add("--hub_token", Nature.SECRET, type=one_word, default=None,
+        help="Else the token of `hf auth login`. It is never written.")  # fmt: skip
 
 
 def add_schedule_arguments(parser):
@@ -437,8 +448,9 @@ def check_options(args, parser):
             parser.error("--mismatched_pair_weight needs a discriminator that sees the pair: projected ones do not.")
         if args.augmentation_pairing == "shared":
             parser.error("--mismatched_pair_weight and --augmentation_pairing shared: the augmentation would tell.")
-    if args.fuse_lora and not args.use_lora:
-        parser.error("--fuse_lora needs --use_lora.")
+    for flag in ("fuse_lora", "output_kohya_format"):
+        if getattr(args, flag) and not args.use_lora:
+            parser.error(f"--{flag} needs --use_lora.")
     if args.lora_dropout > 0 and args.diffusion_loss_weight == 0 and args.adversarial:
         parser.error("--lora_dropout acts in the diffusion loss alone, and --diffusion_loss_weight is 0.")
     if getattr(args, "cache_text_embeddings", None) is not None:
@@ -520,6 +532,7 @@ class Family:
         inference_options: (args) to what the pipeline is called with to sample as in training.
         card_tags: the model card's.
         sampler_facts: what the model card says of the scheduler's configuration.
+        kohya_adapters: (adapters as peft names them) to the same as kohya's scripts name them, without alphas.
         half_precision_components: may stay so, where the base pipeline has them so, beside ones in float32.
         absent_components: (args) to components that the base pipeline lacks and `from_pretrained` must be told so.
         unused_components: (args) to those that the pipeline must be loaded without to sample as in training.
@@ -535,6 +548,7 @@ class Family:
     inference_options: Callable
     card_tags: tuple
     sampler_facts: tuple
+    kohya_adapters: Callable
     half_precision_components: tuple = ()
     absent_components: Callable = lambda args: {}
     unused_components: Callable = lambda args: {}

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,15 @@ import torch
 import two_processes
 from conftest import reset_accelerate
 from diffusers import DiffusionPipeline
-from helpers import checkpoint_state, equal, read_network, read_scalars, relative, run_two_processes
+from helpers import (
+    NO_ACCELERATOR,
+    checkpoint_state,
+    equal,
+    read_network,
+    read_scalars,
+    relative,
+    run_two_processes,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,7 +39,6 @@ from training_utils import ADTError, Trained, trainable_parameters
 
 
 ROOT = Path(__file__).resolve().parent.parent
-NO_ACCELERATOR = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
 LORA = ("--use_lora", "--rank", 4, "--lora_alpha", 8, "--learning_rate", 1e-2)
 PAIRS = ("--mismatched_pair_weight", "0.5")  # whose partner may be in another process or micro-batch
 

@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 import output_utils
-from output_utils import list_checkpoints
+from output_utils import ADAPTERS, KOHYA_ADAPTERS, list_checkpoints
 from training_utils import ADTError
 
 
@@ -145,7 +145,11 @@ def test_card_is_written_anew(run, tmp_path):
     assert "an old card" not in (run() / "README.md").read_text()
 
 
-@pytest.mark.parametrize("more", [(), ("--use_lora",), ("--use_lora", "--fuse_lora")], ids=["full", "lora", "fused"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--use_lora", "--output_kohya_format"), ("--use_lora", "--fuse_lora")],
+    ids=["full", "lora", "fused"],
+)
 def test_push_to_hub_sends_the_result_and_nothing_else(run, monkeypatch, tmp_path, more):
     calls = {}
 
@@ -169,12 +173,9 @@ def test_push_to_hub_sends_the_result_and_nothing_else(run, monkeypatch, tmp_pat
     assert any("tfevents" in file for file in files) and any("checkpoint-2" in file for file in files)
     sent = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
     own = {"README.md", "adt_config.json", "images/prompt-0.png", "scheduler/scheduler_config.json"}
-    adapters, pipeline = (
-        "pytorch_lora_weights.safetensors",
-        {"model_index.json", "unet/config.json", "vae/config.json"},
-    )
-    assert own <= sent and (adapters in sent) == ("--use_lora" in more)
-    assert pipeline <= sent if more != ("--use_lora",) else sent == own | {adapters}
+    kohya, pipeline = "--output_kohya_format" in more, {"model_index.json", "unet/config.json", "vae/config.json"}
+    assert own <= sent and (ADAPTERS in sent) == ("--use_lora" in more)
+    assert sent == own | {ADAPTERS, KOHYA_ADAPTERS} if kohya else pipeline <= sent
     unwanted = ("checkpoint", "tfevents", "validation", "notes")
     assert not [file for file in sent if any(word in file for word in unwanted)]
     card = (output / "README.md").read_text()

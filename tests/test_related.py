@@ -23,6 +23,7 @@ from helpers import (
 )
 from PIL import Image
 
+from output_utils import KOHYA_ADAPTERS
 from related import train_add, train_hybrid, train_lcm, train_robust
 from training_utils import ADTError, Trained
 
@@ -140,9 +141,11 @@ def test_writes_a_pipeline_that_loads(run, base_path, network):
 
 @cases("sd15", "sd3")
 def test_card_snippet_runs_as_it_stands(run, base_path, tmp_path, monkeypatch):
-    for more in ((), LORA):
+    for more in ((), (*LORA, "--output_kohya_format")):
         output = run(*more, output_dir="lora" if more else "full")
-        [code] = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), flags=re.DOTALL)
+        card = (output / "README.md").read_text()
+        assert (output / KOHYA_ADAPTERS).exists() == (KOHYA_ADAPTERS in card) == bool(more)
+        [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         monkeypatch.chdir(tmp_path)
         exec(code, {})
         with Image.open(tmp_path / "image.png") as image:
