@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -14,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from conftest import FAMILIES
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from helpers import equal, read_network, read_scalars
+from helpers import checkpoint_state, equal, read_network, read_scalars
 
 import train_adt_sd15 as train
 import training_utils
@@ -237,6 +238,62 @@ def test_sharded_engines_are_refused(run, monkeypatch):
     monkeypatch.setattr(training_utils.Accelerator, "distributed_type", DistributedType.DEEPSPEED)
     with pytest.raises(ADTError, match="DEEPSPEED is not supported"):
         run()
+
+
+def test_another_accumulation_than_the_options_is_refused(run, no_weights, monkeypatch):
+    """accelerate divides by its own count, and the variable overrides what it is told."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ADTError, match="accelerate accumulates 4 .* --gradient_accumulation_steps is 1"):
+        run()
+
+
+def test_float16_without_a_gpu_is_refused(run, no_weights):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ADTError, match="fp16 needs a GPU"):
+        run("--mixed_precision", "fp16")
+
+
+@pytest.mark.parametrize(("precision", "count"), [("no", 1), ("bf16", 0)])
+def test_float32_on_a_mac_is_said(caplog, precision, count):
+    accelerator = types.SimpleNamespace(
+        distributed_type=DistributedType.NO, gradient_accumulation_steps=1, device=torch.device("mps"),
+        mixed_precision=precision,
+    )  # fmt: skip
+    training_utils.Accelerator()  # whose state accelerate's logger asks for
+    training_utils.check_launch(types.SimpleNamespace(gradient_accumulation_steps=1), accelerator)
+    assert [message for message in caplog.messages if "the run is in float32" in message] == caplog.messages
+    assert len(caplog.messages) == count
+
+
+def test_compiled_run_is_the_same(run, monkeypatch):
+    """As `accelerate launch --dynamo_backend` compiles: twins stay frozen, and checkpoints have the usual layout."""
+    short = ("--max_train_steps", 2, "--num_inference_steps", 2, "--guidance_scale", 1, "--diffusion_loss_weight", 0,
+             "--checkpointing_steps", 1, "--generator_update_interval", 1)  # fmt: skip
+    plain = run(*short, output_dir="plain")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    run(*short, "--max_train_steps", 1)
+    output = run(*short, "--resume_from_checkpoint", "latest")
+    assert equal(checkpoint_state(plain / "checkpoint-2"), checkpoint_state(output / "checkpoint-2"))
+    assert equal(read_network(plain), read_network(output))
+
+
+@pytest.mark.parametrize(("platform", "gigabytes"), [("linux", 3e3 * 1024), ("darwin", 3e3), ("win32", 5.0)])
+def test_peak_memory_by_platform(monkeypatch, platform, gigabytes):
+    resource = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3e12))
+    memory = types.SimpleNamespace(peak_wset=5e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setitem(sys.modules, "resource", None if platform == "win32" else resource)
+    monkeypatch.setattr(training_utils.psutil, "Process", lambda: types.SimpleNamespace(memory_info=lambda: memory))
+    assert training_utils.peak_memory_gb() == gigabytes
+
+
+def test_modules_import_where_there_is_no_resource_module(monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    for name in UTILS:
+        runpy.run_path(str(ROOT / f"{name}.py"))
 
 
 def test_eight_bit_adam(run, monkeypatch):
