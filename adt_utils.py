@@ -580,7 +580,7 @@ class SiameseDiscriminator(nn.Module):
         channels: C of the features.
         num_layers: how many feature layers there are, one head, predictor and twin for each.
         similarity: `"cosine"` (in [-1, 1], where the hinge is linear) or `"dot"` (divided by sqrt(64), where the
-            margin acts).
+            margin acts, on each token as in `ProjectedDiscriminator`).
         reduction: `"token"` averages the similarities over tokens; `"pooled"` averages the outputs over tokens before
             the similarity.
         ema_decay: of the twin.
@@ -619,9 +619,10 @@ class SiameseDiscriminator(nn.Module):
     def forward(self, features, reference_features):
         """features, reference_features: lists of (B, C, L), of the scored and of the reference images.
 
-        Returns (B,), the mean over layers (and tokens) of the similarity.
+        Returns the mean over layers and tokens of a cosine, (B,). Products are not averaged, (B, layers * L), or
+        (B, layers) with `"pooled"`: a mean would let the hinge's margin act on the sum of tokens alone.
         """
-        scores = []
+        similarities = []
         with torch.autocast(features[0].device.type, enabled=False):
             for head, predictor, twin, x, reference in zip(
                 self.heads, self.predictors, self.twin_heads, features, reference_features, strict=True
@@ -633,11 +634,12 @@ class SiameseDiscriminator(nn.Module):
                     output, target = output.mean(dim=2, keepdim=True), target.mean(dim=2, keepdim=True)
                 if self.similarity == "cosine":
                     # The gradient of a cosine grows as one over the norm; eps bounds it at a zero vector.
-                    similarity = F.cosine_similarity(output, target, dim=1, eps=1e-6)
+                    similarities.append(F.cosine_similarity(output, target, dim=1, eps=1e-6).mean(dim=1))
                 else:
-                    similarity = (output * target).sum(dim=1) / self.OUT_CHANNELS**0.5
-                scores.append(similarity.mean(dim=1))
-        return torch.stack(scores).mean(dim=0)
+                    similarities.append((output * target).sum(dim=1) / self.OUT_CHANNELS**0.5)
+        if self.similarity == "dot":
+            return torch.cat(similarities, dim=1)
+        return torch.stack(similarities).mean(dim=0)
 
     @torch.no_grad()
     def update_twin(self) -> None:

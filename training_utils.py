@@ -329,7 +329,8 @@ def add_discriminator_arguments(parser):
     add("--discriminator_norm_group", Nature.FREE, type=positive_int, default=None,
         help="Images to a batch norm group; the largest divisor of the batch size that is at most 8.")  # fmt: skip
     add("--discriminator_type", choices=["siamese", "projected"], default="siamese", help="projected: the ablation.")
-    add("--discriminator_similarity", choices=["cosine", "dot"], default="cosine", help="Of the siamese outputs.")
+    add("--discriminator_similarity", choices=["cosine", "dot"], default="cosine",
+        help="Of the siamese outputs; with dot the hinge's margin acts, on each token.")  # fmt: skip
     add("--discriminator_reduction", choices=["token", "pooled"], default="token",
         help="Average the similarities over tokens, or the outputs before them.")  # fmt: skip
     add("--discriminator_ema_decay", type=share, default=0.99, help="Of the twin heads.")
