@@ -299,7 +299,8 @@ def simulate_inference(
         predict: `predict(model_input, timestep, branches)` runs the network, which the caller has put in `eval()`.
             `branches` is `(0, 1)` (unconditional and conditional rows, in this order), `(0,)` or `(1,)`;
             `model_input` has `len(branches) * B` rows; the result has its shape.
-        scheduler: a scheduler that `check_scheduler` accepts, after `set_timesteps`; it is not changed.
+        scheduler: a scheduler that `check_scheduler` accepts, after `set_timesteps`; it is not changed. With its
+            timesteps on the CPU, the rollout reads nothing back from the device of the latents.
         latents: (B, C, h, w), in the scheduler's coordinates, as `starting_latents` makes them.
         start_index: `i_0`.
         guidance_scale: guidance is on where it exceeds 1, as in the pipelines.
@@ -318,13 +319,17 @@ def simulate_inference(
     branches = (0, 1) if guidance_scale > 1 else (1,)
     train_steps = set(train_steps)
     kept = []
+    # The network's timesteps are on its device. The scheduler's are on the CPU: DDIM asks for their values six times a
+    # step, and each time the CPU would wait for the device.
+    device_timesteps = scheduler.timesteps.to(latents.device, non_blocking=True)
+    scheduler.timesteps = scheduler.timesteps.cpu()
     sample = latents.float()
     for index in range(start_index, len(scheduler.timesteps)):
-        timestep = scheduler.timesteps[index]
+        timestep = device_timesteps[index]
         with torch.no_grad():
             model_input = torch.cat([sample] * len(branches))
             if hasattr(scheduler, "scale_model_input"):
-                model_input = scheduler.scale_model_input(model_input, timestep)
+                model_input = scheduler.scale_model_input(model_input, scheduler.timesteps[index])
             prediction = predict(model_input, timestep, branches).float()
         if index in train_steps:
             prediction = prediction.detach().requires_grad_()
@@ -332,7 +337,7 @@ def simulate_inference(
         guided = prediction
         if len(branches) == 2:
             guided = classifier_free_guidance(prediction, guidance_scale, guidance_rescale)
-        sample = constrained_step(scheduler, guided, timestep, sample, gradient_path)
+        sample = constrained_step(scheduler, guided, scheduler.timesteps[index], sample, gradient_path)
     if len(kept) != len(train_steps):
         raise ValueError(f"train_steps {sorted(train_steps)} are not all on the path from index {start_index}.")
     return SimulatedInference(sample, kept, branches)
@@ -575,7 +580,7 @@ class SiameseDiscriminator(nn.Module):
         channels: C of the features.
         num_layers: how many feature layers there are, one head, predictor and twin for each.
         similarity: `"cosine"` (in [-1, 1], where the hinge is linear) or `"dot"` (divided by sqrt(64), where the
-            margin acts).
+            margin acts, on each token as in `ProjectedDiscriminator`).
         reduction: `"token"` averages the similarities over tokens; `"pooled"` averages the outputs over tokens before
             the similarity.
         ema_decay: of the twin.
@@ -614,9 +619,10 @@ class SiameseDiscriminator(nn.Module):
     def forward(self, features, reference_features):
         """features, reference_features: lists of (B, C, L), of the scored and of the reference images.
 
-        Returns (B,), the mean over layers (and tokens) of the similarity.
+        Returns the mean over layers and tokens of a cosine, (B,). Products are not averaged, (B, layers * L), or
+        (B, layers) with `"pooled"`: a mean would let the hinge's margin act on the sum of tokens alone.
         """
-        scores = []
+        similarities = []
         with torch.autocast(features[0].device.type, enabled=False):
             for head, predictor, twin, x, reference in zip(
                 self.heads, self.predictors, self.twin_heads, features, reference_features, strict=True
@@ -628,11 +634,12 @@ class SiameseDiscriminator(nn.Module):
                     output, target = output.mean(dim=2, keepdim=True), target.mean(dim=2, keepdim=True)
                 if self.similarity == "cosine":
                     # The gradient of a cosine grows as one over the norm; eps bounds it at a zero vector.
-                    similarity = F.cosine_similarity(output, target, dim=1, eps=1e-6)
+                    similarities.append(F.cosine_similarity(output, target, dim=1, eps=1e-6).mean(dim=1))
                 else:
-                    similarity = (output * target).sum(dim=1) / self.OUT_CHANNELS**0.5
-                scores.append(similarity.mean(dim=1))
-        return torch.stack(scores).mean(dim=0)
+                    similarities.append((output * target).sum(dim=1) / self.OUT_CHANNELS**0.5)
+        if self.similarity == "dot":
+            return torch.cat(similarities, dim=1)
+        return torch.stack(similarities).mean(dim=0)
 
     @torch.no_grad()
     def update_twin(self) -> None:

@@ -132,7 +132,7 @@ class Adversary:
 
     def __init__(self, run):
         args = run.args
-        self.pairing = args.augmentation_pairing
+        self.pairing, self.sees_pairs = args.augmentation_pairing, args.discriminator_type == "siamese"
         self.feature_network = make_feature_network(args).to(run.accelerator.device)
         self.augment = DiffAugment(args.augmentation_policy)
         network = make_discriminator(self.feature_network.channels, args)
@@ -146,11 +146,24 @@ class Adversary:
         return self.feature_network(self.augment(images, batch.augmentation[purpose]))
 
     @torch.no_grad()
+    def real_features(self, batch, purpose):
+        """`F(T(y))` of the real images by the augmentation drawn for `purpose`; for None without one.
+
+        The micro-batch keeps them: what is asked for again, in this update or the generator's, is not computed again.
+        """
+        purpose = purpose if self.augment.policy else None
+        if purpose not in batch.real_features:
+            images = batch.images if purpose is None else self.augment(batch.images, batch.augmentation[purpose])
+            batch.real_features[purpose] = self.feature_network(images)
+        return batch.real_features[purpose]
+
     def reference_features(self, batch, scored_as):
-        """`F(T'(y))` for an image whose own augmentation is `scored_as`."""
-        if self.pairing == "input":
-            return self.feature_network(batch.images)
-        return self.features(batch, batch.images, scored_as if self.pairing == "shared" else "reference")
+        """`F(T'(y))` for an image whose own augmentation is `scored_as`; None where no pairs are looked at."""
+        if not self.sees_pairs:
+            return None
+        return self.real_features(
+            batch, {"input": None, "shared": scored_as, "independent": "reference"}[self.pairing]
+        )
 
     def mismatched_references(self, batches, references):
         """For each image the reference features of its `global_partners` one, of another caption.

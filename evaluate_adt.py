@@ -372,10 +372,10 @@ def find_folder(candidate, args) -> Path:
 def load_pipeline(candidate, args, device):
     absent = absent_components(load_index(candidate.path, args))
     dtype = getattr(torch, args.dtype)
-    pipeline = DiffusionPipeline.from_pretrained(find_folder(candidate, args), torch_dtype=dtype, **absent)
+    pipeline = DiffusionPipeline.from_pretrained(find_folder(candidate, args), dtype=dtype, **absent)
     if candidate.network is not None:
         role = "unet" if hasattr(pipeline, "unet") else "transformer"
-        network = type(getattr(pipeline, role)).from_pretrained(candidate.network, torch_dtype=dtype)
+        network = type(getattr(pipeline, role)).from_pretrained(candidate.network, dtype=dtype)
         pipeline.register_modules(**{role: network})
     if candidate.lora is not None:
         pipeline.load_lora_weights(candidate.lora, cache_dir=args.cache_dir)

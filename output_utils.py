@@ -618,7 +618,7 @@ def pipeline_loading(sampler, run) -> tuple[str, str]:
     sampler_name = type(sampler).__name__
     imports, lines = ["DiffusionPipeline", sampler_name], []
     # Said outright, since a base in half precision may load in several precisions.
-    dtype = ", torch_dtype=torch." + ("bfloat16" if run.accelerator.mixed_precision == "bf16" else "float32")
+    dtype = ", dtype=torch." + ("bfloat16" if run.accelerator.mixed_precision == "bf16" else "float32")
     arguments += dtype
     for name in ("revision", "variant"):
         if options[name] is not None:

@@ -136,7 +136,7 @@ def parse_args(input_args=None):
     return parse_options(make_parser(), SAMPLERS, input_args)
 
 
-def make_sampler(args, base_scheduler_config, device):
+def make_sampler(args, base_scheduler_config):
     """The scheduler of the rollout, of validation and of the saved pipeline, with `set_timesteps` called.
 
     Raises:
@@ -159,7 +159,7 @@ def make_sampler(args, base_scheduler_config, device):
         raise ADTError(too_many)
     options = {"prediction_type": prediction_type} | PIPELINE_SCHEDULER_OPTIONS
     sampler = configure_sampler(args.sampler, config, args.timestep_spacing, **options)
-    sampler.set_timesteps(args.num_inference_steps, device=device)
+    sampler.set_timesteps(args.num_inference_steps)  # on the CPU, see `simulate_inference`
     if sampler.timesteps.max() >= length:
         raise ADTError(too_many)
     if len(sampler.timesteps.unique()) != args.num_inference_steps:
@@ -178,12 +178,11 @@ def inference_options(args) -> dict:
     return options
 
 
-def check_models(args, device=None):
+def check_models(args):
     """Checks everything that the models' configurations tell, before any weight is loaded.
 
     Returns:
-        the sampler, its timesteps on `device`; the scheduler of plain fine-tuning; the side of the images that the
-        pipeline makes by default.
+        the sampler; the scheduler of plain fine-tuning; the side of the images that the pipeline makes by default.
     """
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     path = args.pretrained_model_name_or_path
@@ -207,7 +206,7 @@ def check_models(args, device=None):
         )
     if unet_config.get("time_cond_proj_dim") is not None:
         raise ADTError(f"{path} has its guidance distilled into the UNet, so guidance cannot be simulated.")
-    sampler = make_sampler(args, scheduler_config, device)
+    sampler = make_sampler(args, scheduler_config)
     noise_scheduler = DDPMScheduler.from_config(scheduler_config, prediction_type=sampler.config.prediction_type)
     check_adversary(args)
     check_lora(args, UNet2DConditionModel, unet_config)
@@ -366,16 +365,15 @@ def train(generator, adversary, models, validation, run):
             # 4. Simulate inference and 5. decode.
             generator.wrapped.eval()
             for batch in batches:
-                batch.rollout = simulate_inference(
-                    make_predict(generator.wrapped, batch.conditions, call_network),
-                    sampler,
-                    starting_latents(sampler, batch.latents, batch.noise, start_index),
-                    start_index,
-                    args.guidance_scale,
-                    inference_options(args).get("guidance_rescale", 0.0),
-                    train_steps,
-                    args.gradient_path,
-                )
+                # One autocast casts a weight once for all steps. It is closed before a gradient is wanted: these casts
+                # have none.
+                with run.accelerator.autocast():
+                    batch.rollout = simulate_inference(
+                        make_predict(generator.wrapped, batch.conditions, call_network), sampler,
+                        starting_latents(sampler, batch.latents, batch.noise, start_index), start_index,
+                        args.guidance_scale, inference_options(args).get("guidance_rescale", 0.0),
+                        train_steps, args.gradient_path,
+                    )  # fmt: skip
                 check_latents(batch.rollout.latents, f"at iteration {iteration + 1}")
                 batch.generated = decode_latents(models.vae, batch.rollout.latents)
             # 6. Update the discriminator.
@@ -438,18 +436,18 @@ def update_discriminator(batches, iteration, adversary, run) -> dict:
     """
     discriminator, totals = adversary.discriminator, Totals(len(batches))
     update_spectral_norm(discriminator.network)
-    mismatched_weight, references, others = run.args.mismatched_pair_weight, None, None
+    mismatched_weight, others = run.args.mismatched_pair_weight, None
     if mismatched_weight > 0:
         references = [adversary.reference_features(batch, "real") for batch in batches]
         others = adversary.mismatched_references(batches, references)
     for n, batch in enumerate(batches):
+        real = adversary.real_features(batch, "real")
         with torch.no_grad():
-            real = adversary.features(batch, batch.images, "real")
             fake = adversary.features(batch, batch.generated.detach(), "fake")
-        reference = references[n] if references else adversary.reference_features(batch, "real")
-        # The augmentation's draw may be shared by the two images of a pair; else the fake has the real's reference.
-        fake_reference = adversary.reference_features(batch, "fake") if adversary.pairing == "shared" else reference
-        pairs = [("real", real, reference, 1.0), ("fake", fake, fake_reference, 1.0)]
+        pairs = [
+            ("real", real, adversary.reference_features(batch, "real"), 1.0),
+            ("fake", fake, adversary.reference_features(batch, "fake"), 1.0),
+        ]
         if others is not None:
             pairs.insert(1, ("mismatched", real, others[n], mismatched_weight))
         for kind, features, target, weight in pairs:
@@ -545,7 +543,7 @@ def tune(sampler, noise_scheduler, run):
 def main(args):
     accelerator = start_accelerator(args)
     # Everything that can be checked before a model is loaded.
-    sampler, noise_scheduler, default_size = check_models(args, accelerator.device)
+    sampler, noise_scheduler, default_size = check_models(args)
     dataset = load_image_caption_dataset(args)
     args = resolve_schedule(args, len(dataset), accelerator)
     checkpoint, first_iteration = find_checkpoint(args, accelerator)

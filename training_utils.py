@@ -32,15 +32,17 @@ import gc
 import logging
 import math
 import os
-import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable
 
 import datasets
 import diffusers
+import psutil
 import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
@@ -337,7 +339,8 @@ def add_discriminator_arguments(parser):
     add("--discriminator_norm_group", Nature.FREE, type=positive_int, default=None,
         help="Images to a batch norm group; the largest divisor of the batch size that is at most 8.")  # fmt: skip
     add("--discriminator_type", choices=["siamese", "projected"], default="siamese", help="projected: the ablation.")
-    add("--discriminator_similarity", choices=["cosine", "dot"], default="cosine", help="Of the siamese outputs.")
+    add("--discriminator_similarity", choices=["cosine", "dot"], default="cosine",
+        help="Of the siamese outputs; with dot the hinge's margin acts, on each token.")  # fmt: skip
     add("--discriminator_reduction", choices=["token", "pooled"], default="token",
         help="Average the similarities over tokens, or the outputs before them.")  # fmt: skip
     add("--discriminator_ema_decay", type=share, default=0.99, help="Of the twin heads.")
@@ -383,7 +386,8 @@ def add_schedule_arguments(parser):
     add("--prediction_type", choices=["epsilon", "v_prediction"], default=None,
         help="What the UNet predicts, where the base pipeline's scheduler states it wrongly.")  # fmt: skip
     add("--timestep_spacing", choices=["leading", "trailing", "linspace"], default=None,
-        help="ddim: leading, else linspace; trailing where the schedule has zero terminal SNR.")  # fmt: skip
+        help="The base pipeline's own; where it states none, leading for ddim, else linspace; trailing where the "
+        "schedule has zero terminal SNR.")  # fmt: skip
     add("--guidance_rescale", type=share, default=0.0, help="For zero-terminal-SNR checkpoints: 0.7.")
     add("--snr_gamma", type=positive_float, default=None, help="Min-SNR weighting of the diffusion loss; 5.0.")
 
@@ -483,7 +487,8 @@ def resolve_schedule(args, num_images, accelerator) -> Options:
 
 
 # The class, the paper's number of steps, and what the configuration must say where `from_config` fills in a default
-# that is wrong here (DDIM's would clip the latents) or differs between classes. The spacing is the class's usual one.
+# that is wrong here (DDIM's would clip the latents) or differs between classes. The spacing is the class's usual one,
+# for checkpoints that state none.
 SAMPLERS = {
     "ddim": (DDIMScheduler, 50, {"timestep_spacing": "leading", "clip_sample": False, "thresholding": False}),
     "dpmsolver++": (
@@ -506,14 +511,21 @@ def configure_sampler(name, base_config, timestep_spacing=None, **options):
     """The sampler `name` of `SAMPLERS` on the schedule of another scheduler's configuration.
 
     Args:
-        timestep_spacing: in place of the usual one, which is "trailing" for a schedule with zero terminal SNR, since
-            no other starts at the last timestep.
+        base_config: as a file or a scheduler's `config` has it.
+        timestep_spacing: where it is None, "trailing" for a schedule with zero terminal SNR, whose last timestep
+            sampling must start at; else what `base_config` states, as those who put the sampler into the pipeline by
+            `from_config` have it; else the class's usual one.
         options: configuration beside it.
     """
     sampler_class, _, own = SAMPLERS[name]
     config = {name: value for name, value in base_config.items() if name not in ("clip_sample", "thresholding")}
-    usual = "trailing" if config.get("rescale_betas_zero_snr", False) else own["timestep_spacing"]
-    return sampler_class.from_config(config, **own | {"timestep_spacing": timestep_spacing or usual} | options)
+    stated = config.get("timestep_spacing")
+    if "timestep_spacing" in config.get("_use_default_values", ()):  # the base's class filled it in, its file did not
+        stated = None
+    if config.get("rescale_betas_zero_snr", False):
+        stated = "trailing"
+    spacing = timestep_spacing or stated or own["timestep_spacing"]
+    return sampler_class.from_config(config, **own | {"timestep_spacing": spacing} | options)
 
 
 # The run
@@ -629,11 +641,7 @@ def start_accelerator(args) -> Accelerator:
     quiet = not accelerator.is_local_main_process
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error() if quiet else library.utils.logging.set_verbosity_warning()
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ADTError(
-            f"{accelerator.distributed_type.value} is not supported: two networks train in turn here, which sharded "
-            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu)."
-        )
+    check_launch(args, accelerator)
     if args.use_8bit_adam and not transformers.utils.is_bitsandbytes_available():
         raise ADTError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
     if not args.adversarial and "adversarial_loss_weight" in args.natures:
@@ -645,6 +653,29 @@ def start_accelerator(args) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def check_launch(args, accelerator):
+    """Refuses what accelerate was launched as and this program is not made for; says what a Mac's GPU runs in."""
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ADTError(
+            f"{accelerator.distributed_type.value} is not supported: two networks train in turn here, which sharded "
+            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu)."
+        )
+    if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
+        # It divides every loss, and this program has as many micro-batches as the option says.
+        raise ADTError(
+            f"accelerate accumulates {accelerator.gradient_accumulation_steps} micro-batches, by the environment "
+            f"variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS, and --gradient_accumulation_steps is "
+            f"{args.gradient_accumulation_steps}: give the option alone."
+        )
+    device, precision = accelerator.device.type, accelerator.mixed_precision
+    if precision == "fp16" and device == "cpu":
+        raise ADTError("--mixed_precision fp16 needs a GPU; bf16 runs on a CPU, too.")
+    if device == "mps" and precision == "no":
+        logger.warning(
+            "On this Mac's GPU the run is in float32; --mixed_precision bf16 halves what frozen weights take."
+        )
 
 
 class Progress:
@@ -668,6 +699,7 @@ class Progress:
             f"{run.num_generator_updates}"
         )
         logger.info(f"  Trained parameters = {num_parameters:,}")
+        logger.info(f"  Device = {accelerator.device}, mixed precision = {accelerator.mixed_precision}")
         logger.info(f"  Sampler = {type(sampler).__name__}, {args.num_inference_steps} steps ({configuration})")
         self.bar = tqdm(
             total=args.max_train_steps,
@@ -697,7 +729,12 @@ def peak_memory_gb() -> float:
     """The device's peak allocation where there is a GPU, else the process's peak resident set; 10^9 bytes."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource  # Unix's alone
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def end_run(accelerator):
@@ -786,7 +823,11 @@ def decode_checkpointed(vae, latents):
     def decode(one):
         return vae.decode(one.to(vae.dtype)).sample.float()
 
-    images = torch.cat([checkpoint(decode, one, use_reentrant=False) for one in latents.split(1)])
+    if latents.requires_grad:
+        # The decoder draws nothing. Its own checkpointing, where on, is within this one: without it a backward would
+        # hold all of one image's graph, without this one the blocks' inputs of all images.
+        decode = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False)
+    images = torch.cat([decode(one) for one in latents.split(1)])
     check_vae(images, "decodes finite latents to", vae)
     return images
 
@@ -865,6 +906,7 @@ class Batch:
     augmentation: dict  # {purpose: (B, DiffAugment.NUM_PARAMETERS)}
     rollout: SimulatedInference | None = None
     generated: torch.Tensor | None = None  # as `images`
+    real_features: dict = field(default_factory=dict)  # {purpose: the features of `images`}, see `Adversary`
 
 
 def concatenate(conditions) -> dict:

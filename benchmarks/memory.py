@@ -299,8 +299,18 @@ class StatelessDDIM(DDIMScheduler):
         return self
 
 
+class Integers(list):
+    """Timesteps that are no tensor: a fake one has no value to look a level up by."""
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def cpu(self):
+        return self
+
+
 def make_sampler(num_inference_steps):
-    """DDIM on SD1.5's schedule. Its timesteps are integers: a fake tensor has no value to look a level up by."""
+    """DDIM on SD1.5's schedule."""
     with unset_fake_temporarily():
         sampler = StatelessDDIM(
             beta_start=0.00085,
@@ -311,7 +321,7 @@ def make_sampler(num_inference_steps):
             steps_offset=1,
         )
         sampler.set_timesteps(num_inference_steps)
-        sampler.timesteps = sampler.timesteps.tolist()
+        sampler.timesteps = Integers(sampler.timesteps.tolist())
     return sampler
 
 

@@ -105,7 +105,7 @@ def start_run(module, make_family, make_method, args, check=lambda noise_schedul
         the run, the sampler and the scheduler of the training schedule, as the family's `check_models` makes them.
     """
     accelerator = start_accelerator(args)
-    sampler, noise_scheduler, default_size = module.check_models(args, accelerator.device)
+    sampler, noise_scheduler, default_size = module.check_models(args)
     check(noise_scheduler, args)
     dataset = load_image_caption_dataset(args)
     args = resolve_schedule(args, len(dataset), accelerator)

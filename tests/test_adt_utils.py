@@ -456,6 +456,36 @@ def test_latents_stay_in_float32(name):
     assert dtypes == {torch.float32} == {rollout.latents.dtype, rollout.train_steps[0].prediction.dtype}
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rollout_reads_nothing_back(name):
+    """Tensors without values stand for a GPU's: what reads one of theirs fails."""
+
+    def predict(model_input, timestep, branches):
+        assert timestep.device.type == "meta"  # where the network is
+        return 0.5 * model_input
+
+    latents = torch.zeros(2, 4, 8, 8, device="meta")
+    rollout = simulate_inference(predict, make_sampler(name, 8), latents, 2, 7.0, 0.7, train_steps=[3, 5])
+    assert rollout.latents.shape == latents.shape and rollout.latents.device == latents.device
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rollout_does_not_wait_for_a_gpu(pipeline, embeds, name):
+    unet, scheduler = copy.deepcopy(pipeline.unet).to("cuda"), make_sampler(name, 8)
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    predict = make_predict(unet, [embed.cuda() for embed in embeds])
+    on_gpu = start.cuda()
+    simulate_inference(predict, scheduler, on_gpu, 2, 7.0, 0.7)  # what a first call sets up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        latents = simulate_inference(predict, scheduler, on_gpu, 2, 7.0, 0.7).latents
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = simulate_inference(make_predict(pipeline.unet, embeds), scheduler, start, 2, 7.0, 0.7).latents
+    torch.testing.assert_close(latents.cpu(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_constrained_step_has_the_schedulers_value_on_both_paths():
     sample, prediction = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     for name in SAMPLERS:
@@ -805,13 +835,26 @@ def test_score_is_the_formula():
                     a, b = a.mean(2, keepdim=True), b.mean(2, keepdim=True)
                 products = (a * b).sum(1)
                 products = products / 8 if similarity == "dot" else products / (a.norm(dim=1) * b.norm(dim=1))
-                expected.append(products.mean(1))
-            torch.testing.assert_close(scores, sum(expected) / 2, rtol=1e-4, atol=1e-6)
-            assert scores.shape == (4,)
-            assert similarity == "dot" or scores.abs().max() <= 1
+                expected.append(products)
+            expected = torch.cat(expected, dim=1)  # of each token, or layer
+            if similarity == "cosine":  # whose hinge is linear
+                expected = expected.mean(1)
+                assert scores.shape == (4,) and scores.abs().max() <= 1
+            torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-6)
     for option in ({"similarity": "l2"}, {"reduction": "max"}):
         with pytest.raises(ValueError, match="choose from"):
             make_discriminator(**option)
+
+
+def test_margin_of_products_acts_on_each_token():
+    """As of projected scores: a token whose product is past the margin sends no gradient, whatever the others' are."""
+    discriminator = make_discriminator(similarity="dot").eval()
+    features, reference = make_features(4), make_features(4, seed=1)
+    scores = 10 * discriminator(features, reference)  # far enough apart for the margin
+    past = scores > 1
+    assert 0 < past.sum() < past.numel() and scores.shape == (4, 2 * 16)
+    gradient = torch.autograd.grad(discriminator_loss(real_scores=scores), scores)[0]
+    torch.testing.assert_close(gradient, torch.where(past, 0.0, -1 / scores.numel()))
 
 
 def test_projected_discriminator_gives_one_score_a_token():

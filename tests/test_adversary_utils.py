@@ -36,6 +36,30 @@ def test_saturation_is_warned_about_once(run, monkeypatch, caplog):
     assert sum("saturated" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.parametrize(
+    ("more", "without", "with_generator"),
+    [
+        ((), 3, 1),  # real, fake and reference; the generated images with gradient
+        (("--augmentation_pairing", "input"), 3, 1),
+        (("--augmentation_pairing", "shared"), 3, 2),  # the real image is its own reference; the generator has a draw
+        (("--augmentation_policy",), 2, 1),
+        (("--mismatched_pair_weight", 1), 3, 1),
+        (("--discriminator_type", "projected"), 2, 1),  # which looks at no reference
+    ],
+)
+def test_passes_of_the_feature_network(run, monkeypatch, more, without, with_generator):
+    """What is drawn alike is computed once an iteration."""
+    passes, forward = [], FeatureNetwork.forward
+
+    def counting(self, images):
+        passes.append(images)
+        return forward(self, images)
+
+    monkeypatch.setattr(FeatureNetwork, "forward", counting)
+    run("--max_train_steps", 2, "--real_images", "reconstructed", *more)
+    assert len(passes) == 2 * without + with_generator
+
+
 # Mismatched pairs
 
 

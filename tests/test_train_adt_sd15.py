@@ -21,13 +21,14 @@ from diffusers import (
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
 )
 from helpers import read_network, read_scalars
 
 import train_adt_sd15 as train
 from data_utils import GlobalBatchSampler, ImageCaptionDataset, load_image_caption_dataset, make_generator
-from training_utils import ADTError, Batch, Conditions
+from training_utils import ADTError, Batch, Conditions, configure_sampler
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,20 +42,45 @@ def family():
 # The main job
 
 
-@pytest.mark.parametrize(
-    ("sampler", "scheduler_class", "spacing"),
-    [
-        ("ddim", DDIMScheduler, "leading"),
-        ("dpmsolver++", DPMSolverMultistepScheduler, "linspace"),
-        ("euler", EulerDiscreteScheduler, "linspace"),
-    ],
-)
-def test_every_sampler_trains_and_is_saved(run, sampler, scheduler_class, spacing):
+SAMPLERS = {"ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_trains_and_is_saved(run, sampler):
     output = run("--sampler", sampler)
     scheduler = DiffusionPipeline.from_pretrained(output, safety_checker=None).scheduler
-    assert type(scheduler) is scheduler_class
-    assert scheduler.config.timestep_spacing == spacing
+    assert type(scheduler) is SAMPLERS[sampler]
+    assert scheduler.config.timestep_spacing == "leading"  # the base's
     assert scheduler.config.prediction_type == "epsilon"
+
+
+PUBLISHED = tiny.SD15_SCHEDULER | {"clip_sample": False}  # Stable Diffusion 1.5's file, which states no spacing
+XL = tiny.SDXL_SCHEDULER
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("published", "own_class"), [(PUBLISHED, PNDMScheduler), (XL, EulerDiscreteScheduler)])
+@pytest.mark.parametrize("filled_in", [False, True])
+def test_timesteps_are_those_of_the_pipelines_users(sampler, published, own_class, filled_in):
+    """`from_config` with the pipeline's scheduler, whose class fills in what the file does not state."""
+    pipelines = own_class.from_config(published)
+    expected = SAMPLERS[sampler].from_config(pipelines.config)
+    expected.set_timesteps(30)
+    scheduler = configure_sampler(sampler, pipelines.config if filled_in else published)
+    scheduler.set_timesteps(30)
+    assert torch.equal(scheduler.timesteps, expected.timesteps)
+    first = {"ddim": [958, 925], "dpmsolver++": [999, 966], "euler": [999, 964]}[sampler]
+    if published is XL:
+        first = [961, 929] if sampler == "dpmsolver++" else [958, 925]
+    assert scheduler.timesteps[:2].int().tolist() == first
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_spacing_of_the_option_and_of_zero_terminal_snr(sampler):
+    zero_snr = XL | {"rescale_betas_zero_snr": True}
+    assert configure_sampler(sampler, zero_snr).config.timestep_spacing == "trailing"
+    for base in (zero_snr, XL, PUBLISHED):
+        assert configure_sampler(sampler, base, "linspace").config.timestep_spacing == "linspace"
 
 
 def test_logs_what_the_issue_names(run):

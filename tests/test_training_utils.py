@@ -4,17 +4,20 @@ import ast
 import json
 import math
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from conftest import FAMILIES
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from helpers import equal, read_network, read_scalars
+from helpers import checkpoint_state, equal, read_network, read_scalars
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_adt_sd15 as train
 import training_utils
@@ -243,6 +246,69 @@ def test_sharded_engines_are_refused(run, monkeypatch):
         run()
 
 
+def test_another_accumulation_than_the_options_is_refused(run, no_weights, monkeypatch):
+    """accelerate divides by its own count, and the variable overrides what it is told."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ADTError, match="accelerate accumulates 4 .* --gradient_accumulation_steps is 1"):
+        run()
+
+
+def test_float16_without_a_gpu_is_refused(run, no_weights):
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ADTError, match="fp16 needs a GPU"):
+        run("--mixed_precision", "fp16")
+
+
+@pytest.mark.parametrize(("precision", "count"), [("no", 1), ("bf16", 0)])
+def test_float32_on_a_mac_is_said(caplog, precision, count):
+    accelerator = types.SimpleNamespace(
+        distributed_type=DistributedType.NO, gradient_accumulation_steps=1, device=torch.device("mps"),
+        mixed_precision=precision,
+    )  # fmt: skip
+    training_utils.Accelerator()  # whose state accelerate's logger asks for
+    training_utils.check_launch(types.SimpleNamespace(gradient_accumulation_steps=1), accelerator)
+    assert [message for message in caplog.messages if "the run is in float32" in message] == caplog.messages
+    assert len(caplog.messages) == count
+
+
+def test_compiled_run_is_the_same(run, monkeypatch):
+    """As `accelerate launch --dynamo_backend` wraps networks: twins stay frozen, checkpoints have the usual layout."""
+    compiled = []
+
+    def compile_nothing(network, **options):
+        compiled.append(torch._dynamo.disable(network))  # wraps it as torch.compile does
+        return compiled[-1]
+
+    short = ("--max_train_steps", 2, "--checkpointing_steps", 1)
+    plain = run(*short, output_dir="plain")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    run(*short, "--max_train_steps", 1)
+    output = run(*short, "--resume_from_checkpoint", "latest")
+    assert [type(network).__name__ for network in compiled] == ["OptimizedModule"] * 4
+    assert equal(checkpoint_state(plain / "checkpoint-2"), checkpoint_state(output / "checkpoint-2"))
+    assert equal(read_network(plain), read_network(output))
+
+
+@pytest.mark.parametrize(("platform", "gigabytes"), [("linux", 3e3 * 1024), ("darwin", 3e3), ("win32", 5.0)])
+def test_peak_memory_by_platform(monkeypatch, platform, gigabytes):
+    resource = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3e12))
+    memory = types.SimpleNamespace(peak_wset=5e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setitem(sys.modules, "resource", None if platform == "win32" else resource)
+    monkeypatch.setattr(training_utils.psutil, "Process", lambda: types.SimpleNamespace(memory_info=lambda: memory))
+    assert training_utils.peak_memory_gb() == gigabytes
+
+
+def test_modules_import_where_there_is_no_resource_module(monkeypatch):
+    """As on Windows."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    for name in UTILS:
+        runpy.run_path(str(ROOT / f"{name}.py"))
+
+
 def test_eight_bit_adam(run, monkeypatch):
     if not training_utils.transformers.utils.is_bitsandbytes_available():
         with pytest.raises(ADTError, match="pip install bitsandbytes"):
@@ -267,6 +333,43 @@ def test_mixed_precision_keeps_float32_weights(run):
     first, second = read_scalars(plain), read_scalars(mixed)
     assert second["diffusion_loss"][2] == pytest.approx(first["diffusion_loss"][2], rel=0.05)
     assert second["diffusion_loss"] != first["diffusion_loss"]
+
+
+class CountCasts(TorchDispatchMode):
+    """How often each weight of a network is cast while the mode is on."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.counts = {parameter.data_ptr(): 0 for parameter in network.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.counts:
+            self.counts[args[0].data_ptr()] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_rollout_casts_each_weight_once(run, monkeypatch, sd15_path):
+    """And the casts end with it: they have no gradient, and a weight that was used without one would not move."""
+    networks, counts = [], []
+    load_network, simulate_inference = train.load_network, train.simulate_inference
+
+    def load(*arguments):
+        networks.append(load_network(*arguments))
+        return networks[-1]
+
+    def simulate(*arguments):
+        with CountCasts(networks[0]) as casts:
+            rollout = simulate_inference(*arguments)
+        assert rollout.latents.dtype == torch.float32
+        counts.append(casts.counts)
+        return rollout
+
+    monkeypatch.setattr(train, "load_network", load)
+    monkeypatch.setattr(train, "simulate_inference", simulate)
+    bf16 = ("--mixed_precision", "bf16", "--generator_update_interval", 1, "--max_train_steps", 1, "--seed", 2)
+    tuned, base = read_network(run(*bf16)), read_network(sd15_path)
+    assert {*counts[0].values()} == {0, 1} and sum(counts[0].values()) > 100
+    assert all(not torch.equal(tuned[name], base[name]) for name in base)
 
 
 def test_mixed_precision_of_latents_and_records(run, monkeypatch):
@@ -394,3 +497,28 @@ def test_utils_import_one_way(module):
 @pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("train_adt_*.py")))
 def test_scripts_import_no_script(script):
     assert imports_of(script) <= set(UTILS)
+
+
+# The decoder
+
+
+@pytest.mark.parametrize(("checkpointing", "with_gradient"), [(False, 2), (True, 3)])
+def test_forwards_of_the_decoder(monkeypatch, checkpointing, with_gradient):
+    """One without a gradient; else one more in the backward, and a third of blocks that are checkpointed, too."""
+    vae = tiny.make_vae().requires_grad_(False)
+    if checkpointing:
+        vae.enable_gradient_checkpointing()
+    counts = {"decoder": 0, "block": 0}
+    for name, module in (("decoder", vae.decoder.conv_in), ("block", vae.decoder.up_blocks[1].resnets[0].conv1)):
+        module.register_forward_hook(lambda *arguments, name=name: counts.update({name: counts[name] + 1}))
+    checkpointed, checkpoint = [], training_utils.checkpoint
+    monkeypatch.setattr(
+        training_utils, "checkpoint", lambda *args, **kwargs: checkpointed.append(args) or checkpoint(*args, **kwargs)
+    )
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = training_utils.decode_checkpointed(vae, latents)
+    assert counts == {"decoder": 2, "block": 2} and not checkpointed and not plain.requires_grad
+    images = training_utils.decode_checkpointed(vae, latents.requires_grad_())
+    images.sum().backward()
+    assert torch.equal(images, plain) and len(checkpointed) == 2
+    assert counts == {"decoder": 2 + 4, "block": 2 + 2 * with_gradient}
