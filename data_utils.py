@@ -130,7 +130,8 @@ def read_image(row, index, args) -> Image.Image:
     try:
         return open_image(record)
     except Exception as error:  # PIL raises half a dozen kinds, SyntaxError among them
-        raise ADTError(f"{name} does not decode: {error}") from error
+        reason = str(error).rstrip(".")
+        raise ADTError(f"{name} does not decode: {reason}.") from error
 
 
 def describe_image(index, path) -> str:

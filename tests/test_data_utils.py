@@ -317,8 +317,8 @@ def test_loading_leaves_the_global_generator_as_it_is(loading):
 def test_loader_pins_memory_for_cuda(loading):
     assert not make_dataloader(loading()).pin_memory
     accelerator = types.SimpleNamespace(device=torch.device("cuda", 0), num_processes=1, process_index=0)
-    loader = make_dataloader(loading("--dataloader_num_workers", 4, accelerator=accelerator))
-    assert (loader.pin_memory, loader.num_workers) == (True, 4)
+    loader = make_dataloader(loading("--dataloader_num_workers", 2, accelerator=accelerator))
+    assert (loader.pin_memory, loader.num_workers) == (True, 2)
 
 
 def test_workers_leave_signals_to_the_process_that_trains(loading):
