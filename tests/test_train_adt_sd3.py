@@ -296,6 +296,7 @@ def test_half_precision_t5_stays_so(run, sd3_path, tmp_path):
 
 def test_cached_embeddings_give_the_same_run_bitwise(run, tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "CAPTIONS_PER_FILE", 4)
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_BATCH", 1)  # by more, they may differ by rounding
     plain = run("--proportion_empty_prompts", 0.3, output_dir="plain")
     cached = run("--proportion_empty_prompts", 0.3, "--cache_text_embeddings", tmp_path / "cache", output_dir="cached")
     assert read_scalars(cached) == read_scalars(plain)
