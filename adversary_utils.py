@@ -38,7 +38,7 @@ from adt_utils import (
     largest_group,
     mismatched_partners,
 )
-from data_utils import GlobalBatchSampler, ImageCaptionDataset
+from data_utils import GlobalBatchSampler, ImageCaptionDataset, normalize_pixels
 from training_utils import (
     ADTError,
     make_lr_scheduler,
@@ -282,10 +282,12 @@ def reconstruction_difference(feature_network, vae, run, count=16) -> float | No
     dataset, order = ImageCaptionDataset(run.dataset, args), GlobalBatchSampler(len(run.dataset), args)
     side = args.resolution // vae_factor(vae.config)
     no_noise = torch.zeros(1, vae.config.latent_channels, side, side, device=device)
-    count = min(count, len(run.dataset), args.max_train_steps * run.global_batch_size)  # what has been checked
-    to_itself, to_another, previous = 0.0, 0.0, None
-    for position in range(count):
-        image = dataset[order.dataset_index(position), 0, position]["pixel_values"][None].to(device)
+    count = min(count, len(run.dataset), args.max_train_steps * run.global_batch_size)
+    items = [dataset[order.dataset_index(position), 0, position] for position in range(count)]
+    images = [item["pixel_values"] for item in items if "pixel_values" in item]  # the loader names the others
+    count, to_itself, to_another, previous = len(images), 0.0, 0.0, None
+    for image in images:
+        image = normalize_pixels(image[None].to(device))
         reconstruction = run.family.decode_latents(vae, run.family.encode_images(vae, image, no_noise))
         features, reconstructed = feature_network(image), feature_network(reconstruction)
         to_itself += squared_distances(features, reconstructed)

@@ -16,15 +16,20 @@
 The sections can be read alone:
 
 - seeded draws: `make_generator`, `draw_per_image`;
-- the data set: `load_image_caption_dataset`, `check_dataset`;
+- the data set: `load_image_caption_dataset`, `read_image`;
 - images and captions: `transform_image`, `choose_caption`, `ImageCaptionDataset`;
-- their order: `GlobalBatchSampler`, `make_dataloader`;
-- captions' embeddings on disk: `EmbeddingCache`.
+- their order and loading: `GlobalBatchSampler`, `make_dataloader`, `load_micro_batches`;
+- what is checked of the images at a start: `check_used_images`;
+- text encoders that rest in CPU memory, and captions' embeddings on disk: `OnDevice`, `EmbeddingCache`.
 """
 
 import hashlib
 import json
+import os
+import shutil
+import signal
 import tempfile
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -35,7 +40,7 @@ import numpy as np
 import pyarrow
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
@@ -68,7 +73,7 @@ def load_image_caption_dataset(args) -> datasets.Dataset:
     """Loads the train split and checks its columns; images stay undecoded.
 
     Raises:
-        ADTError: if it cannot be read, is empty or lacks a column.
+        ADTError: if it cannot be read, is empty or lacks a column, or a column is of another type.
     """
     try:
         if args.dataset_name is not None:
@@ -89,12 +94,25 @@ def load_image_caption_dataset(args) -> datasets.Dataset:
             )
     if not isinstance(dataset.features[args.image_column], datasets.Image):
         raise ADTError(f"--image_column {args.image_column} does not hold images.")
+    caption_type = dataset.features.arrow_schema.field(args.caption_column).type
+    if not holds_text(caption_type):
+        raise ADTError(
+            f"--caption_column {args.caption_column} holds {caption_type}, which is neither text nor a list of texts."
+        )
     if len(dataset) == 0:
         raise ADTError("The dataset is empty.")
     if args.max_train_samples is not None and args.max_train_samples < len(dataset):
         order = torch.randperm(len(dataset), generator=make_generator(args.seed, "samples"))
-        dataset = dataset.select(sorted(order[: args.max_train_samples].tolist()))
+        dataset = dataset.select(order[: args.max_train_samples].sort().values.tolist())
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def holds_text(arrow_type) -> bool:
+    """Whether a column of that type holds texts, lists of texts, or nothing at all."""
+    if pyarrow.types.is_list(arrow_type) or pyarrow.types.is_large_list(arrow_type):
+        arrow_type = arrow_type.value_type
+    kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)
+    return any(is_kind(arrow_type) for is_kind in kinds)
 
 
 def open_image(record) -> Image.Image:
@@ -103,46 +121,21 @@ def open_image(record) -> Image.Image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def check_dataset(dataset, indices, args) -> int:
-    """Decodes the images at `indices` and looks at their captions. Returns how many captions are empty.
-
-    Raises:
-        ADTError: naming the first image that does not decode, or a caption that is no text.
-    """
-
-    def check(index):
-        row = dataset[index]
-        record = row[args.image_column]
-        name = f"image {index} of the dataset" + (f" ({record['path']})" if record and record["path"] else "")
-        if record is None:
-            raise ADTError(f"The {name} is missing.")
-        try:
-            open_image(record)
-        except Exception as error:  # PIL raises half a dozen kinds, SyntaxError among them
-            raise ADTError(f"The {name} does not decode: {error}") from error
-        captions = row[args.caption_column]
-        captions = (captions or [""]) if isinstance(captions, list) else [captions]
-        if not all(caption is None or isinstance(caption, str) for caption in captions):
-            raise ADTError(
-                f"The caption of {name} in column {args.caption_column} is neither text nor a list of texts."
-            )
-        return sum(not (caption or "").strip() for caption in captions)
-
-    with ThreadPoolExecutor(max(4, args.dataloader_num_workers)) as pool:
-        return sum(tqdm(pool.map(check, indices), total=len(indices), desc="Checking images", leave=False))
+def read_image(row, index, args) -> Image.Image:
+    """`open_image` for the row at `index` of the dataset. Raises `ADTError`, which names the image, if it fails."""
+    record = row[args.image_column]
+    name = describe_image(index, record and record["path"])
+    if record is None:
+        raise ADTError(f"{name} is missing.")
+    try:
+        return open_image(record)
+    except Exception as error:  # PIL raises half a dozen kinds, SyntaxError among them
+        reason = str(error).rstrip(".")
+        raise ADTError(f"{name} does not decode: {reason}.") from error
 
 
-def check_used_images(dataset, first_iteration, args, accelerator):
-    """`check_dataset` for the images that the run will use, shared out over the processes; warns of empty captions."""
-    sampler = GlobalBatchSampler(len(dataset), args, accelerator.num_processes, accelerator.process_index)
-    batch_size = sampler.global_batch_size
-    positions = range(first_iteration * batch_size, args.max_train_steps * batch_size)
-    # The rest of an epoch, and a whole one.
-    used = sorted({sampler.dataset_index(n) for n in positions[: 2 * len(dataset)]})
-    num_empty = check_dataset(dataset, used[accelerator.process_index :: accelerator.num_processes], args)
-    num_empty = int(accelerator.reduce(torch.tensor(num_empty, device=accelerator.device), reduction="sum"))
-    if num_empty:
-        logger.warning(f"{num_empty} captions are empty; their images are trained on with the empty prompt.")
+def describe_image(index, path) -> str:
+    return f"The image {index} of the dataset" + (f" ({path})" if path else "")
 
 
 # Images and captions
@@ -152,8 +145,9 @@ def transform_image(image, generator, args):
     """Resizes, flips and crops as the diffusers examples do, with three draws from `generator`.
 
     Returns:
-        pixel values (3, resolution, resolution) in [-1, 1], and the crop's top left corner (y, x) in the resized
-        image as it was cropped, which is mirrored if the crop is.
+        pixel values (3, resolution, resolution), uint8 as they take the least of what workers share with the
+        process that trains, and the crop's top left corner (y, x) in the resized image as it was cropped, which is
+        mirrored if the crop is.
     """
     u_flip, u_top, u_left = torch.rand(3, generator=generator).tolist()
     short = min(image.size)
@@ -167,7 +161,12 @@ def transform_image(image, generator, args):
     else:
         left, top = int(u_left * (spare_left + 1)), int(u_top * (spare_top + 1))
     image = image.crop((left, top, left + args.resolution, top + args.resolution))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1, (top, left)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1), (top, left)
+
+
+def normalize_pixels(pixel_values):
+    """uint8 pixel values of any shape to [-1, 1], float32."""
+    return pixel_values.float() / 127.5 - 1
 
 
 def choose_caption(captions, generator) -> str:
@@ -180,9 +179,13 @@ def choose_caption(captions, generator) -> str:
 class ImageCaptionDataset(torch.utils.data.Dataset):
     """Images and captions by `(dataset index, iteration, position in the global batch)`.
 
-    An item has `pixel_values` (3, resolution, resolution) in [-1, 1], `caption`, `position`, the image's
-    `original_size` (height, width) and its `crop_top_left` (y, x). Crop, flip and the choice among several captions
-    are drawn from the seed, the iteration and the position.
+    An item has `pixel_values` (3, resolution, resolution), uint8, `caption`, `position`, the image's `original_size`
+    (height, width) and its `crop_top_left` (y, x). Crop, flip and the choice among several captions are drawn from the
+    seed, the iteration and the position.
+
+    Its `bad_images` has a sentence on each image that does not decode. The item then has nothing else; with
+    `--skip_bad_images` it is the next row's whose image decodes, by which a run stays the same however it is shared
+    out or resumed.
     """
 
     def __init__(self, dataset, args):
@@ -191,9 +194,20 @@ class ImageCaptionDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, iteration, position = key
-        row = self.dataset[index]
+        bad_images = []
+        for offset in range(len(self.dataset) if self.args.skip_bad_images else 1):
+            candidate = (index + offset) % len(self.dataset)
+            row = self.dataset[candidate]
+            try:
+                image = read_image(row, candidate, self.args)
+            except ADTError as error:
+                bad_images.append(str(error))
+            else:
+                return self.make_item(row, image, iteration, position) | {"bad_images": bad_images}
+        return {"bad_images": bad_images}
+
+    def make_item(self, row, image, iteration, position):
         generator = make_generator(self.args.seed, "image", iteration, position)
-        image = open_image(row[self.args.image_column])
         pixel_values, crop_top_left = transform_image(image, generator, self.args)
         return {
             "pixel_values": pixel_values,
@@ -205,16 +219,25 @@ class ImageCaptionDataset(torch.utils.data.Dataset):
 
 
 def collate_fn(examples):
+    """A micro-batch; of `bad_images` alone where one of them has no image."""
+    bad_images = [sentence for example in examples for sentence in example["bad_images"]]
+    if any("pixel_values" not in example for example in examples):
+        return {"bad_images": bad_images}
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "captions": [example["caption"] for example in examples],
         "positions": [example["position"] for example in examples],
         "original_sizes": torch.tensor([example["original_size"] for example in examples]),
         "crop_top_lefts": torch.tensor([example["crop_top_left"] for example in examples]),
+        "bad_images": bad_images,
     }
 
 
-# Their order
+# Their order and loading
+
+
+# How many micro-batches a worker keeps ready.
+PREFETCH_FACTOR = 2
 
 
 class GlobalBatchSampler(torch.utils.data.Sampler):
@@ -237,11 +260,23 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
         return self.args.train_batch_size * self.num_processes * self.args.gradient_accumulation_steps
 
     def draw_permutation(self, epoch):
-        return torch.randperm(self.dataset_size, generator=make_generator(self.args.seed, "epoch", epoch)).tolist()
+        # It stays a tensor: a list of Python's integers is four times as large.
+        return torch.randperm(self.dataset_size, generator=make_generator(self.args.seed, "epoch", epoch))
 
-    def dataset_index(self, n):
+    def dataset_index(self, n) -> int:
         epoch, offset = divmod(n, self.dataset_size)
-        return self.permutation(epoch)[offset]
+        return self.permutation(epoch)[offset].item()
+
+    def used_indices(self) -> torch.Tensor:
+        """(N,): the dataset's indices that all processes together take, each once and sorted."""
+        size = self.dataset_size
+        first = self.first_iteration * self.global_batch_size
+        last = min(self.args.max_train_steps * self.global_batch_size, first + 2 * size)  # an epoch's rest, and one
+        parts = [
+            self.permutation(epoch)[max(0, first - epoch * size) : last - epoch * size]
+            for epoch in range(first // size, -(-last // size))
+        ]
+        return torch.cat([torch.empty(0, dtype=torch.long), *parts]).unique()
 
     def __len__(self):
         return (self.args.max_train_steps - self.first_iteration) * self.args.gradient_accumulation_steps
@@ -258,7 +293,7 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
 
 
 def make_dataloader(run) -> torch.utils.data.DataLoader:
-    """This process's micro-batches, from the run's first iteration on."""
+    """This process's micro-batches, from the run's first iteration on; its workers live as long as an iterator."""
     args, accelerator = run.args, run.accelerator
     return torch.utils.data.DataLoader(
         ImageCaptionDataset(run.dataset, args),
@@ -267,14 +302,235 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
         ),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
+        prefetch_factor=PREFETCH_FACTOR if args.dataloader_num_workers else None,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_training,
+        generator=make_generator(args.seed, "workers"),  # else it draws from the global one, which serves dropout
     )
 
 
-# Captions' embeddings on disk
+def leave_signals_to_training(worker_id):
+    """Has a worker live on when the whole job is interrupted: the process that trains still needs it, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # neither macOS nor Windows has schedulers that send SIGTERM to all
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-# How many captions a file holds: what a process encodes at a time, and at most what a stopped run encodes again.
+def load_micro_batches(run, save_checkpoint):
+    """Yields this process's micro-batches, as `collate_fn` makes them, from the run's first iteration on.
+
+    An image that does not decode ends the run, on all processes and with a checkpoint of the iterations before. With
+    `--skip_bad_images` it is logged, and counted as `skipped_images` of its iteration.
+
+    Args:
+        save_checkpoint: `output_utils`' function.
+
+    Raises:
+        ADTError: naming the image.
+    """
+    args, accelerator = run.args, run.accelerator
+    loader, logged = iter(make_dataloader(run)), set()
+    for iteration in range(run.first_iteration, args.max_train_steps):
+        micro_batches = [next(loader) for _ in range(args.gradient_accumulation_steps)]
+        bad_images = [sentence for examples in micro_batches for sentence in examples["bad_images"]]
+        counts = [len(bad_images), sum("pixel_values" not in examples for examples in micro_batches)]
+        if accelerator.num_processes > 1:
+            counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum").tolist()
+        num_bad, num_without_image = counts
+        if num_without_image:
+            if iteration > run.first_iteration and iteration % args.checkpointing_steps:  # else there is one already
+                save_checkpoint(iteration, args, accelerator)
+            raise ADTError(
+                f"{gather_object(bad_images)[0]} "
+                + (f"The run ends with checkpoint-{iteration}. " if iteration else "")
+                + "Mend the image, or have such images replaced by --skip_bad_images."
+            )
+        if args.skip_bad_images:
+            for sentence in set(bad_images) - logged:
+                logger.warning(f"{sentence} The next one stands in for it.", main_process_only=False)
+            logged.update(bad_images)
+            accelerator.log({"skipped_images": num_bad}, step=iteration + 1)
+        while micro_batches:
+            yield micro_batches.pop(0)
+
+
+# What is checked of the images at a start
+
+
+# How many images `--check_images sample` decodes.
+SAMPLE_SIZE = 64
+
+
+def check_used_images(dataset, first_iteration, args, accelerator):
+    """Checks the images that a run will use as far as `--check_images` says; warns of empty captions.
+
+    That they exist is looked up in any case, by the main process. Decoding is shared out over the processes. A check
+    of all images that found nothing is remembered in the datasets' cache.
+
+    Raises:
+        ADTError: on every process, naming an image; with `--skip_bad_images` there is a warning instead.
+    """
+    check_shared_memory(args)
+    order = GlobalBatchSampler(len(dataset), args, accelerator.num_processes, first_iteration=first_iteration)
+    used = order.used_indices()
+    bad_images, fingerprint = [], None
+    if accelerator.is_main_process:
+        num_empty = count_empty_captions(dataset, used, args)
+        if num_empty:
+            logger.warning(f"{num_empty} captions are empty; their images are trained on with the empty prompt.")
+        bad_images, fingerprint = find_missing_images(dataset, used, args)
+    bad_images, fingerprint = broadcast_object_list([bad_images, fingerprint])
+    report_bad_images(bad_images, len(used), args)
+
+    remembered = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "checked_images", fingerprint)
+    to_decode = used
+    if args.check_images == "sample":
+        generator = make_generator(args.seed, "check", first_iteration)
+        to_decode = used[torch.randperm(len(used), generator=generator)[:SAMPLE_SIZE]]
+    elif args.check_images == "none" or broadcast_object_list([remembered.exists()])[0]:
+        to_decode = used[:0]
+    bad_images = gather_object(
+        find_bad_images(dataset, to_decode[accelerator.process_index :: accelerator.num_processes], args)
+    )
+    report_bad_images(bad_images, len(to_decode), args)
+    if args.check_images == "all" and not bad_images and accelerator.is_main_process:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.touch()
+
+
+def check_shared_memory(args):
+    """Refuses workers that would die of too little shared memory once they run: a container has 64 MB by default."""
+    folder = "/dev/shm"
+    if args.dataloader_num_workers == 0 or not os.path.isdir(folder):
+        return
+    num_batches = args.dataloader_num_workers * PREFETCH_FACTOR + args.gradient_accumulation_steps
+    needed = num_batches * args.train_batch_size * 3 * args.resolution**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ADTError(
+            f"--dataloader_num_workers {args.dataloader_num_workers} needs {needed / 1e6:.0f} MB of shared memory, "
+            f"and {folder} has {free / 1e6:.0f} MB: give the container more (docker run --shm-size), or take fewer."
+        )
+
+
+def count_empty_captions(dataset, indices, args) -> int:
+    captions, count = dataset.select_columns(args.caption_column), 0
+    for part in indices.split(10_000):
+        for own in captions[part.tolist()][args.caption_column]:
+            own = (own or [""]) if isinstance(own, list) else [own]
+            count += sum(not (caption or "").strip() for caption in own)
+    return count
+
+
+def find_missing_images(dataset, indices, args) -> tuple[list[str], str]:
+    """Looks up the images' files; what is in the table itself is there.
+
+    Returns:
+        sentences on those that are missing or empty; a fingerprint of all the images by their files' names, sizes and
+        times.
+    """
+    images = dataset.select_columns(args.image_column).flatten()  # into its bytes and its path
+    digest = hashlib.sha256(f"{dataset._fingerprint} {args.image_column}".encode())
+    digest.update(indices.numpy().tobytes())
+    for file in dataset.cache_files:
+        digest.update(repr(file_state(file["filename"])).encode())
+    # By Arrow, which knows where bytes are without reading them; `_indices` are those of --max_train_samples.
+    rows = indices.numpy() if images._indices is None else images._indices.column(0).to_numpy()[indices.numpy()]
+    is_file = images.data.column(f"{args.image_column}.bytes").is_null().to_numpy()[rows]
+    parts = [part.tolist() for part in indices[torch.from_numpy(is_file)].split(1000)]
+    paths, column = images.select_columns(f"{args.image_column}.path"), f"{args.image_column}.path"
+
+    def look_up(part):
+        return [file_state(path) for path in paths[part][column]]
+
+    bad_images = []
+    with ThreadPoolExecutor(16) as pool:  # which wait for a file system
+        for part, states in zip(parts, pool.map(look_up, parts), strict=True):
+            digest.update(repr(states).encode())
+            for index, (path, size, _) in zip(part, states, strict=True):
+                if size == 0 and "://" not in (path or ""):
+                    bad_images.append(f"{describe_image(index, path)} is missing or empty.")
+    return bad_images, digest.hexdigest()
+
+
+def file_state(path) -> tuple:
+    """Path, size in bytes and time of change in nanoseconds; zeros where there is no file."""
+    try:
+        state = os.stat(path or "")
+    except OSError:
+        return path, 0, 0
+    return path, state.st_size, state.st_mtime_ns
+
+
+def find_bad_images(dataset, indices, args) -> list[str]:
+    """Decodes the images at `indices`. Returns a sentence on each that fails, or the first's where none is skipped."""
+
+    def check(index):
+        try:
+            read_image(dataset[index], index, args)
+        except ADTError as error:
+            return str(error)
+
+    bad_images = []
+    bar = tqdm(total=len(indices), desc="Checking images", leave=False)
+    with ThreadPoolExecutor(max(4, args.dataloader_num_workers)) as pool, bar:
+        for part in indices.split(100):
+            bad_images += filter(None, pool.map(check, part.tolist()))
+            bar.update(len(part))
+            if bad_images and not args.skip_bad_images:
+                return bad_images[:1]
+    return bad_images
+
+
+def report_bad_images(bad_images, num_checked, args):
+    if bad_images and not args.skip_bad_images:
+        raise ADTError(bad_images[0])
+    if bad_images:
+        logger.warning(
+            f"{len(bad_images)} of {num_checked} images are bad, and each time the next one stands in: {bad_images[0]}"
+        )
+
+
+# Text encoders that rest in CPU memory, and captions' embeddings on disk
+
+
+class OnDevice:
+    """A context in which networks that rest in CPU memory are on the device; it may be opened within itself.
+
+    Their weights are copied there, and at the end the copies are dropped: nothing is copied back.
+    """
+
+    def __init__(self, networks, device):
+        self.networks, self.device = networks, device
+        self.depth, self.resting = 0, []
+
+    def __enter__(self):
+        self.depth += 1
+        if self.depth == 1:
+            tensors = [tensor for network in self.networks for tensor in (*network.parameters(), *network.buffers())]
+            self.resting = [(tensor, tensor.data) for tensor in tensors]
+            for tensor, data in self.resting:
+                tensor.data = data.to(self.device, non_blocking=True)
+
+    def __exit__(self, *error):
+        self.depth -= 1
+        if self.depth == 0:
+            for tensor, data in self.resting:
+                tensor.data = data
+            self.resting = []
+
+
+# How many captions a file holds, which is at most what a stopped run encodes again, and how many are encoded together.
 CAPTIONS_PER_FILE = 100
+CAPTIONS_PER_BATCH = 20
 
 
 def list_captions(dataset, args) -> list[str]:
@@ -318,12 +574,12 @@ class EmbeddingCache:
     Args:
         directory: the folder.
         captions: all that will be read.
-        encode: (caption) to a dict of (1, ...) tensors.
+        encode: (B captions) to a dict of (B, ...) tensors.
         fingerprint: of the encoders, see `fingerprint_text_encoders`.
-        like: what `encode` gives for any caption: the shapes and precisions.
+        like: what `encode` gives for one caption: the shapes and precisions.
 
     Raises:
-        ADTError: if a file is damaged, or not seen by all processes.
+        ADTError: if a file is damaged, or not seen by all processes, or there is too little space for what is missing.
     """
 
     def __init__(self, directory, captions, encode, fingerprint, like, accelerator):
@@ -331,7 +587,14 @@ class EmbeddingCache:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.open_files()
         missing = [caption for caption in captions if caption not in self.row_of]
-        accelerator.wait_for_everyone()  # else some would see what others have made already
+        needed = len(missing) * sum(value.nbytes for value in like.values())
+        free = shutil.disk_usage(self.directory).free
+        # It waits for all, too: else some would see what others have made already.
+        if not all(gather_object([needed <= free])):
+            raise ADTError(
+                f"--cache_text_embeddings {directory} needs {needed / 1e9:.1f} GB for {len(missing)} captions, and "
+                f"{free / 1e9:.1f} GB are free."
+            )
         parts = [missing[first : first + CAPTIONS_PER_FILE] for first in range(0, len(missing), CAPTIONS_PER_FILE)]
         own = parts[accelerator.process_index :: accelerator.num_processes]
         datasets.disable_progress_bars()  # one bar, and one process's
@@ -346,14 +609,19 @@ class EmbeddingCache:
     def make_file(self, captions, encode):
         name = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]
 
-        def encode_row(caption):
+        def encode_rows(captions):
             # As bytes, since Arrow has no bfloat16.
-            return {name: value.cpu().view(torch.uint8).numpy().tobytes() for name, value in encode(caption).items()}
+            return {
+                name: [row.view(torch.uint8).numpy().tobytes() for row in values.cpu()]
+                for name, values in encode(captions).items()
+            }
 
         embeddings = {name: datasets.Value("large_binary") for name in self.like}
         datasets.Dataset.from_dict({"caption": captions}).map(
-            encode_row,
+            encode_rows,
             input_columns="caption",
+            batched=True,
+            batch_size=CAPTIONS_PER_BATCH,
             features=datasets.Features({"caption": datasets.Value("string")} | embeddings),
             cache_file_name=str(self.directory / f"embeddings-{self.fingerprint}-{name}.arrow"),
             new_fingerprint=name,

@@ -55,11 +55,13 @@ from adt_utils import (
 )
 from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
 from data_utils import (
+    OnDevice,
     check_used_images,
     draw_per_image,
     load_image_caption_dataset,
-    make_dataloader,
+    load_micro_batches,
     make_generator,
+    normalize_pixels,
 )
 from output_utils import (
     Validation,
@@ -225,6 +227,7 @@ class PromptEncoder:
         self.tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **tokenizer_hub)
         self.text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **hub)
         self.text_encoder.requires_grad_(False).eval().to(accelerator.device, dtype=weight_dtype(accelerator))
+        self.on_device = OnDevice([], accelerator.device)  # it is so small that it stays there
         self.negative = self([""])  # the pipeline's unconditional branch, which also stands for a dropped caption
 
     @torch.no_grad()
@@ -339,7 +342,7 @@ def train(generator, adversary, models, validation, run):
     """The training loop, its comments numbered as the paper's algorithm; plain fine-tuning without an adversary."""
     args, sampler = run.args, models.sampler
     progress = Progress(generator, sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
@@ -347,9 +350,10 @@ def train(generator, adversary, models, validation, run):
         torch.manual_seed(dropout.initial_seed())
 
         # 1. Encode the global batch's micro-batches.
-        batches = [
-            prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
-        ]
+        with models.prompt_encoder.on_device:
+            batches = [
+                prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
+            ]
         if adversary is None:
             values = update_finetune(batches, iteration, generator, models, run)
         else:
@@ -404,7 +408,7 @@ def prepare_batch(examples, iteration, models, run) -> Batch:
     def draw(function, shape, purpose):
         return draw_per_image(function, shape, args.seed, purpose, iteration, positions).to(device)
 
-    images = examples["pixel_values"].to(device)
+    images = normalize_pixels(examples["pixel_values"].to(device, non_blocking=True))
     shape = (vae.config.latent_channels, *(side // vae_factor(vae.config) for side in images.shape[2:]))
     noise = draw(torch.randn, shape, "noise")
     latents = encode_images(vae, images, draw(torch.randn, shape, "posterior"))

@@ -54,7 +54,6 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
     compute_loss_weighting_for_sd3,
     free_memory,
-    offload_models,
 )
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -72,13 +71,15 @@ from adt_utils import (
 from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
 from data_utils import (
     EmbeddingCache,
+    OnDevice,
     check_used_images,
     draw_per_image,
     fingerprint_text_encoders,
     list_captions,
     load_image_caption_dataset,
-    make_dataloader,
+    load_micro_batches,
     make_generator,
+    normalize_pixels,
 )
 from output_utils import (
     Validation,
@@ -320,13 +321,14 @@ def unused_components(args) -> dict:
 class PromptEncoder:
     """Prompts to what the network is conditioned on, as `StableDiffusion3Pipeline` computes it.
 
-    One prompt at a time, so that a prompt's embedding does not depend on the batch that it is in.
+    One prompt at a time, so that a prompt's embedding does not depend on the batch that it is in; a cache encodes many
+    together, once and for all.
     """
 
     def __init__(self, args, accelerator):
         path, hub = args.pretrained_model_name_or_path, hub_options(args)
         tokenizer_hub = {name: value for name, value in hub.items() if name != "variant"}
-        self.device, self.offload = accelerator.device, args.offload_text_encoders
+        self.device = accelerator.device
         self.max_sequence_length = args.max_sequence_length
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(path, subfolder=subfolder, **tokenizer_hub)
@@ -343,19 +345,22 @@ class PromptEncoder:
             self.tokenizers.append(T5TokenizerFast.from_pretrained(path, subfolder="tokenizer_3", **tokenizer_hub))
             self.text_encoders.append(T5EncoderModel.from_pretrained(path, subfolder="text_encoder_3", **hub))
         for text_encoder in self.text_encoders:
-            resting_device = torch.device("cpu") if self.offload else self.device
+            resting_device = torch.device("cpu") if args.offload_text_encoders else self.device
             text_encoder.requires_grad_(False).eval().to(resting_device, dtype=weight_dtype(accelerator))
             for name, module in text_encoder.named_modules():
-                if name.endswith("DenseReluDense.wo"):
-                    module.float()  # T5's overflows in float16: transformers, too, keeps it
+                # T5's overflows in float16, and there alone: transformers, too, keeps it then.
+                if name.endswith("DenseReluDense.wo") and weight_dtype(accelerator) == torch.float16:
+                    module.float()
+        # For more than one call: `train` opens it around an iteration's.
+        self.on_device = OnDevice(self.text_encoders if args.offload_text_encoders else [], self.device)
         self.cache = None
         self.negative = self([""])  # the pipeline's unconditional branch, which also stands for a dropped caption
 
     @torch.no_grad()
-    def encode(self, prompt) -> dict:
+    def encode(self, prompts) -> dict:
         def tokenize(tokenizer, max_length):
             tokens = tokenizer(
-                prompt, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
+                prompts, padding="max_length", max_length=max_length, truncation=True, return_tensors="pt"
             )
             return tokens.input_ids.to(self.device)
 
@@ -369,7 +374,7 @@ class PromptEncoder:
         if len(self.text_encoders) == 3:
             t5_embeds = self.text_encoders[2](tokenize(self.tokenizers[2], self.max_sequence_length))[0]
         else:
-            t5_embeds = clip_embeds.new_zeros(1, self.max_sequence_length, self.joint_attention_dim)
+            t5_embeds = clip_embeds.new_zeros(len(prompts), self.max_sequence_length, self.joint_attention_dim)
         clip_embeds = F.pad(clip_embeds, (0, t5_embeds.shape[-1] - clip_embeds.shape[-1]))
         return {
             "prompt_embeds": torch.cat([clip_embeds, t5_embeds], dim=-2),
@@ -380,8 +385,8 @@ class PromptEncoder:
         """`prompt_embeds` (B, L, C), CLIP's tokens and then T5's, and `pooled_prompt_embeds` (B, P)."""
         if self.cache is not None:
             return {name: value.to(self.device) for name, value in self.cache.read(prompts).items()}
-        with offload_models(*self.text_encoders, device=self.device, offload=self.offload):
-            return concatenate([self.encode(prompt) for prompt in prompts])
+        with self.on_device:
+            return concatenate([self.encode([prompt]) for prompt in prompts])
 
     def use_cache(self, directory, captions, accelerator):
         """Takes the captions' embeddings from a folder, where they are put first, and frees the text encoders."""
@@ -390,6 +395,7 @@ class PromptEncoder:
         )
         self.cache = EmbeddingCache(directory, captions, self.encode, fingerprint, self.negative, accelerator)
         self.tokenizers = self.text_encoders = None
+        self.on_device = OnDevice([], self.device)
         free_memory()
 
 
@@ -577,7 +583,7 @@ def train(generator, adversary, models, validation, run):
     """The training loop, its comments numbered as the paper's algorithm; plain fine-tuning without an adversary."""
     args, sampler = run.args, models.sampler
     progress = Progress(generator, sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
@@ -585,9 +591,10 @@ def train(generator, adversary, models, validation, run):
         torch.manual_seed(dropout.initial_seed())
 
         # 1. Encode the global batch's micro-batches.
-        batches = [
-            prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
-        ]
+        with models.prompt_encoder.on_device:
+            batches = [
+                prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
+            ]
         if adversary is None:
             values = update_finetune(batches, iteration, generator, models, run)
         else:
@@ -643,7 +650,7 @@ def prepare_batch(examples, iteration, models, run) -> Batch:
     def draw(function, shape, purpose):
         return draw_per_image(function, shape, args.seed, purpose, iteration, positions).to(device)
 
-    images = examples["pixel_values"].to(device)
+    images = normalize_pixels(examples["pixel_values"].to(device, non_blocking=True))
     shape = (vae.config.latent_channels, *(side // vae_factor(vae.config) for side in images.shape[2:]))
     noise = draw(torch.randn, shape, "noise")
     latents = encode_images(vae, images, draw(torch.randn, shape, "posterior"))

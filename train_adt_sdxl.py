@@ -43,7 +43,7 @@ import time
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.training_utils import free_memory, offload_models
+from diffusers.training_utils import free_memory
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from adt_utils import (
@@ -59,13 +59,15 @@ from adt_utils import (
 from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
 from data_utils import (
     EmbeddingCache,
+    OnDevice,
     check_used_images,
     draw_per_image,
     fingerprint_text_encoders,
     list_captions,
     load_image_caption_dataset,
-    make_dataloader,
+    load_micro_batches,
     make_generator,
+    normalize_pixels,
 )
 from output_utils import (
     Validation,
@@ -240,13 +242,14 @@ def check_models(args):
 class PromptEncoder:
     """Prompts to what the network is conditioned on, as `StableDiffusionXLPipeline` computes it.
 
-    One prompt at a time, so that a prompt's embedding does not depend on the batch that it is in.
+    One prompt at a time, so that a prompt's embedding does not depend on the batch that it is in; a cache encodes many
+    together, once and for all.
     """
 
     def __init__(self, args, accelerator):
         path, hub = args.pretrained_model_name_or_path, hub_options(args)
         tokenizer_hub = {name: value for name, value in hub.items() if name != "variant"}
-        self.device, self.offload = accelerator.device, args.offload_text_encoders
+        self.device = accelerator.device
         self.tokenizers = [
             CLIPTokenizer.from_pretrained(path, subfolder=subfolder, **tokenizer_hub)
             for subfolder in ("tokenizer", "tokenizer_2")
@@ -256,8 +259,10 @@ class PromptEncoder:
             CLIPTextModelWithProjection.from_pretrained(path, subfolder="text_encoder_2", **hub),
         ]
         for text_encoder in self.text_encoders:
-            resting_device = torch.device("cpu") if self.offload else self.device
+            resting_device = torch.device("cpu") if args.offload_text_encoders else self.device
             text_encoder.requires_grad_(False).eval().to(resting_device, dtype=weight_dtype(accelerator))
+        # For more than one call: `train` opens it around an iteration's.
+        self.on_device = OnDevice(self.text_encoders if args.offload_text_encoders else [], self.device)
         self.cache = None
         # The pipeline's unconditional branch, which also stands for a dropped caption.
         self.negative = self([""])
@@ -266,11 +271,11 @@ class PromptEncoder:
             self.negative = {name: torch.zeros_like(value) for name, value in self.negative.items()}
 
     @torch.no_grad()
-    def encode(self, prompt) -> dict:
+    def encode(self, prompts) -> dict:
         hidden_states = []
         for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             tokens = tokenizer(
-                prompt,
+                prompts,
                 padding="max_length",
                 max_length=tokenizer.model_max_length,
                 truncation=True,
@@ -284,14 +289,15 @@ class PromptEncoder:
         """`prompt_embeds` (B, L, C), both encoders' penultimate layers, and `pooled_prompt_embeds` (B, P)."""
         if self.cache is not None:
             return {name: value.to(self.device) for name, value in self.cache.read(prompts).items()}
-        with offload_models(*self.text_encoders, device=self.device, offload=self.offload):
-            return concatenate([self.encode(prompt) for prompt in prompts])
+        with self.on_device:
+            return concatenate([self.encode([prompt]) for prompt in prompts])
 
     def use_cache(self, directory, captions, accelerator):
         """Takes the captions' embeddings from a folder, where they are put first, and frees the text encoders."""
         fingerprint = fingerprint_text_encoders(self.tokenizers, self.text_encoders)
         self.cache = EmbeddingCache(directory, captions, self.encode, fingerprint, self.negative, accelerator)
         self.tokenizers = self.text_encoders = None
+        self.on_device = OnDevice([], self.device)
         free_memory()
 
 
@@ -429,7 +435,7 @@ def train(generator, adversary, models, validation, run):
     """The training loop, its comments numbered as the paper's algorithm; plain fine-tuning without an adversary."""
     args, sampler = run.args, models.sampler
     progress = Progress(generator, sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
@@ -437,9 +443,10 @@ def train(generator, adversary, models, validation, run):
         torch.manual_seed(dropout.initial_seed())
 
         # 1. Encode the global batch's micro-batches.
-        batches = [
-            prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
-        ]
+        with models.prompt_encoder.on_device:
+            batches = [
+                prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
+            ]
         if adversary is None:
             values = update_finetune(batches, iteration, generator, models, run)
         else:
@@ -495,7 +502,7 @@ def prepare_batch(examples, iteration, models, run) -> Batch:
     def draw(function, shape, purpose):
         return draw_per_image(function, shape, args.seed, purpose, iteration, positions).to(device)
 
-    images = examples["pixel_values"].to(device)
+    images = normalize_pixels(examples["pixel_values"].to(device, non_blocking=True))
     shape = (vae.config.latent_channels, *(side // vae_factor(vae.config) for side in images.shape[2:]))
     noise = draw(torch.randn, shape, "noise")
     latents = encode_images(vae, images, draw(torch.randn, shape, "posterior"))

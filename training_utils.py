@@ -241,8 +241,13 @@ def add_data_arguments(parser):
         help="How images are resized.")  # fmt: skip
     add("--proportion_empty_prompts", type=share, default=0.0,
         help="Share of captions replaced by the empty prompt, in the diffusion loss alone.")  # fmt: skip
-    add("--dataloader_num_workers", Nature.NO_EFFECT, type=non_negative_int, default=0,
-        help="Processes that load images.")  # fmt: skip
+    add("--dataloader_num_workers", Nature.NO_EFFECT, type=non_negative_int, default=4,
+        help="Processes that load images, to each process that trains.")  # fmt: skip
+    add("--check_images", Nature.NO_EFFECT, choices=["all", "sample", "none"], default="sample",
+        help="Which of the images to decode before the run; all are done once and remembered.")  # fmt: skip
+    # Where it makes a difference, there is no run without it.
+    add("--skip_bad_images", Nature.NO_EFFECT, action=BOOLEAN, default=False,
+        help="Replace images that do not decode by the next ones, and count them.")  # fmt: skip
 
 
 def add_training_arguments(parser):
@@ -394,10 +399,10 @@ def add_schedule_arguments(parser):
 
 def add_text_encoder_arguments(group):
     """The options of models whose text encoders are large."""
-    add = adder(group, Nature.NO_EFFECT)
-    add("--offload_text_encoders", action=BOOLEAN, default=False,
+    add = adder(group)
+    add("--offload_text_encoders", Nature.NO_EFFECT, action=BOOLEAN, default=False,
         help="Keep the text encoders in CPU memory while they are not needed.")  # fmt: skip
-    add("--cache_text_embeddings", Nature.PRIVATE, type=folder_to_write, default=None,
+    add("--cache_text_embeddings", Nature.FREE, Nature.PRIVATE, type=folder_to_write, default=None,
         help="Folder for all captions' embeddings, computed once.")  # fmt: skip
 
 

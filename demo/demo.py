@@ -43,7 +43,7 @@ SAMPLING = {
 }
 TRAINING = [
     "--resolution", "32", "--center_crop", "--train_batch_size", "16", "--checkpointing_steps", "200",
-    "--checkpoints_total_limit", "1", "--report_to", "tensorboard",
+    "--checkpoints_total_limit", "1", "--report_to", "tensorboard", "--dataloader_num_workers", "0",
 ]  # fmt: skip
 FINE_TUNING = ["--adversarial_loss_weight", "0", "--learning_rate", "3e-4", "--lr_warmup_steps", "50"]
 ADVERSARIAL = [

@@ -40,7 +40,7 @@ from torch import nn
 
 from adt_utils import discriminator_head, update_spectral_norm
 from adversary_utils import check_feature_network, global_partners, make_feature_network, norm_group, of_partners
-from data_utils import draw_per_image, make_dataloader
+from data_utils import draw_per_image, load_micro_batches
 from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -367,11 +367,14 @@ def train(system, validation):
     run, student, models = system.run, system.student, system.models
     args = run.args
     progress = Progress(student, models.sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # 1. Encode the global batch's micro-batches, and 2. draw what the student starts from.
-        batches = [prepare_student(next(loader), iteration, system) for _ in range(args.gradient_accumulation_steps)]
+        with models.prompt_encoder.on_device:
+            batches = [
+                prepare_student(next(loader), iteration, system) for _ in range(args.gradient_accumulation_steps)
+            ]
         # 3. The student's images, in one step each.
         student.wrapped.eval()
         for batch in batches:

@@ -41,7 +41,7 @@ from torch import nn
 from transformers import AutoConfig, ResNetModel
 
 from adt_utils import FeatureNetwork
-from data_utils import make_dataloader, make_generator
+from data_utils import load_micro_batches, make_generator
 from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -286,7 +286,7 @@ def train(generator, adversary, models, validation, module, run):
     """The training loop, its comments numbered as the algorithm."""
     args = run.args
     progress = Progress(generator, models.sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
@@ -294,10 +294,11 @@ def train(generator, adversary, models, validation, module, run):
         torch.manual_seed(dropout.initial_seed())
 
         # 1. Encode the global batch's micro-batches.
-        batches = [
-            prepare_batch(next(loader), iteration, models, module, run)
-            for _ in range(args.gradient_accumulation_steps)
-        ]
+        with models.prompt_encoder.on_device:
+            batches = [
+                prepare_batch(next(loader), iteration, models, module, run)
+                for _ in range(args.gradient_accumulation_steps)
+            ]
         # 2. The curriculum's range of timesteps.
         n_update = iteration - args.generator_start_step
         limit = curriculum_limit(n_update, args)

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from data_utils import draw_per_image, make_dataloader, make_generator
+from data_utils import draw_per_image, load_micro_batches, make_generator
 from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -277,7 +277,7 @@ def train(generator, teacher, points, models, validation, module, run):
     """The training loop, its comments numbered as the algorithm."""
     args = run.args
     progress = Progress(generator, models.sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
@@ -286,7 +286,8 @@ def train(generator, teacher, points, models, validation, module, run):
 
         # 1. Encode the global batch's micro-batches, and noise each image to a point of its own.
         micro_batches = [next(loader) for _ in range(args.gradient_accumulation_steps)]
-        batches = [module.prepare_batch(examples, iteration, models, run) for examples in micro_batches]
+        with models.prompt_encoder.on_device:
+            batches = [module.prepare_batch(examples, iteration, models, run) for examples in micro_batches]
         pairs = [
             draw_pair(examples, batch, iteration, points, models, run)
             for examples, batch in zip(micro_batches, batches, strict=True)

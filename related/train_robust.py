@@ -36,7 +36,7 @@ from dataclasses import replace
 
 import torch
 
-from data_utils import draw_per_image, make_dataloader, make_generator
+from data_utils import draw_per_image, load_micro_batches, make_generator
 from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -116,7 +116,7 @@ def train(generator, models, validation, module, run):
     """The training loop, its comments numbered as the algorithm."""
     args = run.args
     progress = Progress(generator, models.sampler, run)
-    loader = iter(make_dataloader(run))
+    loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
@@ -125,7 +125,8 @@ def train(generator, models, validation, module, run):
 
         # 1. Encode the global batch's micro-batches; their timesteps and noise stay through the passes.
         micro_batches = [next(loader) for _ in range(args.gradient_accumulation_steps)]
-        batches = [module.prepare_batch(examples, iteration, models, run) for examples in micro_batches]
+        with models.prompt_encoder.on_device:
+            batches = [module.prepare_batch(examples, iteration, models, run) for examples in micro_batches]
         values = {}
         if args.input_perturbation > 0:
             extra = [

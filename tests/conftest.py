@@ -126,7 +126,8 @@ def options(family, base_path, dinov2_path, dataset_path, tmp_path):
             "--max_train_steps", "4", "--generator_update_interval", "2", "--num_inference_steps", "4",
             "--num_gradient_steps", "2", "--learning_rate", "1e-3", "--discriminator_learning_rate", "1e-3",
             "--lr_warmup_steps", "0", "--discriminator_lr_warmup_steps", "0", "--checkpointing_steps", "100",
-            "--guidance_scale", "7", *family.options, "--output_dir", str(tmp_path / output_dir), *map(str, more),
+            "--guidance_scale", "7", "--dataloader_num_workers", "0", *family.options,
+            "--output_dir", str(tmp_path / output_dir), *map(str, more),
         ]  # fmt: skip
 
     return make

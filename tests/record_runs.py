@@ -39,6 +39,7 @@ COMMON = [
     "--learning_rate", "1e-3", "--discriminator_learning_rate", "1e-3", "--lr_warmup_steps", "2",
     "--discriminator_lr_warmup_steps", "2", "--checkpointing_steps", "3", "--proportion_empty_prompts", "0.3",
     "--noise_offset", "0.1", "--random_flip", "--resume_from_checkpoint", "latest",
+    "--dataloader_num_workers", "0",
 ]  # fmt: skip
 FAMILY_OPTIONS = {"sd15": [], "sdxl": [], "sd3": ["--max_sequence_length", "16"]}
 OTHER_OPTIONS = {"sd15": ["--snr_gamma", "5"], "sdxl": ["--rollout_time_ids", "image"], "sd3": ["--no_t5"]}

@@ -164,7 +164,7 @@ def test_adapters_are_sampled_by_what_they_were_trained_for(run, sd15_path, data
         "--family", "sd15", "--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path,
         "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", 1, "--resolution", 16,
         "--discriminator_resolution", 16, "--max_train_steps", 1, "--checkpointing_steps", 1, "--use_lora",
-        "--output_dir", tmp_path / "student",
+        "--dataloader_num_workers", 0, "--output_dir", tmp_path / "student",
     ]  # fmt: skip
     reset_accelerate()
     train_add.main(train_add.parse_args([str(word) for word in words]))
@@ -903,7 +903,8 @@ def tune(sd15_path, dataset_path, tmp_path):
             train_adt_sd15.parse_args(
                 ["--pretrained_model_name_or_path", sd15_path, "--train_data_dir", dataset_path, "--resolution", "16",
                  "--adversarial_loss_weight", "0", "--learning_rate", "1e-2", "--lr_warmup_steps", "0",
-                 "--max_train_steps", "4", "--checkpointing_steps", "2", "--output_dir", str(tmp_path / "tuned"),
+                 "--max_train_steps", "4", "--checkpointing_steps", "2", "--dataloader_num_workers", "0",
+                 "--output_dir", str(tmp_path / "tuned"),
                  *more]
             )
         )  # fmt: skip

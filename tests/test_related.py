@@ -89,7 +89,7 @@ def options(system, family, base_path, dinov2_path, resnet_path, dataset_path, t
             "--family", family.name, "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
             "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 4, "--learning_rate", 1e-3,
             "--lr_warmup_steps", 0, "--checkpointing_steps", 100, *family.options, *system.options.split(), *networks,
-            "--output_dir", tmp_path / output_dir, *more,
+            "--dataloader_num_workers", 0, "--output_dir", tmp_path / output_dir, *more,
         ]  # fmt: skip
         return [str(word) for word in words]
 

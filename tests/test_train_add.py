@@ -42,7 +42,8 @@ def run(family, base_path, dinov2_path, dataset_path, tmp_path):
             "--family", family.name, "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
             "--discriminator_model_name_or_path", dinov2_path, *TINY, "--resolution", 16, "--train_batch_size", 2,
             "--max_train_steps", 2, "--learning_rate", 1e-3, "--discriminator_learning_rate", 1e-3,
-            "--lr_warmup_steps", 0, *family.options, "--output_dir", tmp_path / output_dir, *more,
+            "--lr_warmup_steps", 0, "--dataloader_num_workers", 0, *family.options,
+            "--output_dir", tmp_path / output_dir, *more,
         ]  # fmt: skip
         train_add.main(train_add.parse_args([str(word) for word in words]))
         return tmp_path / output_dir
@@ -104,7 +105,7 @@ def test_one_step_has_autograds_gradient(run, systems):
     run("--max_train_steps", 1, "--learning_rate", 1e-30)
     [system] = systems
     network, module, run_ = system.student.network.eval(), system.module, system.run
-    examples = next(iter(train_add.make_dataloader(run_)))
+    examples = next(train_add.load_micro_batches(run_, save_checkpoint=None))
     batch = train_add.prepare_student(examples, 0, system)
     levels = noise_levels(system.models.noise_scheduler, batch.timesteps)
     predict = make_predict(network, batch.batch.conditions, module.call_network)
@@ -162,7 +163,7 @@ def test_saved_pipeline_calls_the_network_on_the_grid(run, systems, family):
 def test_student_starts_from_noise_alone_at_the_first_timestep(run, systems):
     run("--train_batch_size", 8, "--discriminator_norm_group", 2)
     [system] = systems
-    examples = next(iter(train_add.make_dataloader(system.run)))
+    examples = next(train_add.load_micro_batches(system.run, save_checkpoint=None))
     batch = train_add.prepare_student(examples, 0, system)
     pure = batch.timesteps == 999
     assert 0 < pure.sum() < 8 and set(batch.timesteps.tolist()) <= {999, 749, 499, 249}
@@ -186,7 +187,7 @@ def test_conditions(run, systems):
     """Text alone is the model's pooled embedding, and what the two have is one after the other."""
     run()
     [system] = systems
-    batch = train_add.prepare_student(next(iter(train_add.make_dataloader(system.run))), 0, system)
+    batch = train_add.prepare_student(next(train_add.load_micro_batches(system.run, save_checkpoint=None)), 0, system)
     pure, found = torch.tensor([True, False]), {}
     for name in ("none", "text", "image", "both"):
         args = types.SimpleNamespace(discriminator_condition=name, adversarial_weight=1)
@@ -369,7 +370,7 @@ def test_teacher_is_the_base_bitwise(run, systems, more):
     [system] = systems
     student = system.student.network.eval()
     base = system.module.load_network(system.run.args, system.run.accelerator).eval()
-    batch = train_add.prepare_student(next(iter(train_add.make_dataloader(system.run))), 0, system)
+    batch = train_add.prepare_student(next(train_add.load_micro_batches(system.run, save_checkpoint=None)), 0, system)
     condition, call = batch.batch.conditions.positive, system.module.call_network
     found = system.teacher(batch.sample, batch.timesteps, condition)
     with torch.no_grad():

@@ -27,7 +27,13 @@ from diffusers import (
 from helpers import read_network, read_scalars
 
 import train_adt_sd15 as train
-from data_utils import GlobalBatchSampler, ImageCaptionDataset, load_image_caption_dataset, make_generator
+from data_utils import (
+    GlobalBatchSampler,
+    ImageCaptionDataset,
+    load_image_caption_dataset,
+    make_generator,
+    normalize_pixels,
+)
 from training_utils import ADTError, Batch, Conditions, configure_sampler
 
 
@@ -125,7 +131,8 @@ def test_weight_zero_is_plain_fine_tuning(run, options, tmp_path, prediction_typ
             return torch.stack([function(shape, generator=make_generator(0, purpose, iteration, n)) for n in range(2)])
 
         with torch.no_grad():
-            posterior = pipeline.vae.encode(torch.stack([item["pixel_values"] for item in items])).latent_dist
+            pixel_values = normalize_pixels(torch.stack([item["pixel_values"] for item in items]))
+            posterior = pipeline.vae.encode(pixel_values).latent_dist
             latents = (posterior.mean + posterior.std * draw(torch.randn, (4, 8, 8), "posterior")) * 0.18215
             embeds = pipeline.encode_prompt([item["caption"] for item in items], "cpu", 1, False)[0]
         noise = draw(torch.randn, (4, 8, 8), "noise")

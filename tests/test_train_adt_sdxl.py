@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from conftest import FAMILIES
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from helpers import equal, read_network, read_scalars
@@ -100,8 +101,8 @@ def test_recorded_sizes_are_the_official_scripts(options, sizes_path, flip, cent
             if flip and u_flip < 0.5:
                 image = ImageOps.mirror(image)
             crop = image.crop((left, top, left + 16, top + 16))
-            expected = torch.tensor(list(crop.tobytes())).view(16, 16, 3).permute(2, 0, 1) / 127.5 - 1
-            assert torch.allclose(item["pixel_values"], expected, atol=1e-6)
+            expected = torch.tensor(list(crop.tobytes())).view(16, 16, 3).permute(2, 0, 1)
+            assert torch.equal(item["pixel_values"], expected.byte())
     assert mirrored == ({False, True} if flip else {False})
 
 
@@ -181,17 +182,18 @@ def test_dropped_captions_are_the_unconditional_branch_in_the_loss_alone(options
     assert ids == {"negative": inference, "positive": inference, "loss": image}
 
 
-def test_offloaded_text_encoders_rest_in_cpu_memory(run, options, monkeypatch):
-    plain = read_scalars(run(output_dir="plain"))
-    assert read_scalars(run("--offload_text_encoders", output_dir="offloaded")) == plain
-    moves = []
-    for cls in (train.CLIPTextModel, train.CLIPTextModelWithProjection):
-        monkeypatch.setattr(cls, "to", lambda self, *args, **kwargs: moves.append(str(args[0])) or self)
-    accelerator = types.SimpleNamespace(device="cpu:0", mixed_precision="no")
-    encoder = train.PromptEncoder(train.parse_args(options("--offload_text_encoders")), accelerator)
-    assert moves == ["cpu"] * 2 + ["cpu:0"] * 2 + ["cpu"] * 2  # loaded, then for the empty prompt there and back
-    encoder(["a red disc"])
-    assert moves[6:] == ["cpu:0"] * 2 + ["cpu"] * 2
+def test_offloaded_text_encoders_come_once_an_iteration(run, monkeypatch):
+    common = ("--gradient_accumulation_steps", 2, "--train_batch_size", 1, "--discriminator_norm_group", 1)
+    plain = read_scalars(run(*common, output_dir="plain"))
+    trips, original = [], train.OnDevice.__enter__
+
+    def enter(self):
+        trips.extend([len(self.networks)] * (self.depth == 0))
+        original(self)
+
+    monkeypatch.setattr(train.OnDevice, "__enter__", enter)
+    assert read_scalars(run(*common, "--offload_text_encoders", output_dir="offloaded")) == plain
+    assert trips == [2] * (1 + 4)  # two encoders, for the empty prompt and for four iterations of two micro-batches
 
 
 @pytest.fixture
@@ -203,15 +205,15 @@ def cache(tmp_path):
 def encoded(monkeypatch):
     """The prompts that text encoders encode, in a list."""
     prompts, original = [], train.PromptEncoder.encode
-    monkeypatch.setattr(
-        train.PromptEncoder, "encode", lambda self, prompt: prompts.append(prompt) or original(self, prompt)
-    )
+    monkeypatch.setattr(train.PromptEncoder, "encode", lambda self, some: prompts.extend(some) or original(self, some))
     return prompts
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_cached_embeddings_give_the_same_run_bitwise(run, cache, encoded, tmp_path, monkeypatch, precision):
+    """Encoded one at a time, as without a cache; by batches they may differ by rounding."""
     monkeypatch.setattr(data_utils, "CAPTIONS_PER_FILE", 3)
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_BATCH", 1)
     common = ("--validation_prompts", "a blue moon", "--proportion_empty_prompts", 0.3, "--mixed_precision", precision)
     plain = run(*common, output_dir="plain")
     first = run(*common, *cache, output_dir="first")
@@ -286,6 +288,36 @@ def test_cache_of_another_dataset_encodes_what_it_lacks(run, cache, encoded, tmp
     assert encoded == [""]
 
 
+def test_cache_needs_its_space_before_anything_is_encoded(run, cache, encoded, monkeypatch):
+    """Of nine captions, each with 12 tokens of 48 and 24 pooled values in float32: 21.6 kB."""
+    free = types.SimpleNamespace(free=9 * 4 * (12 * 48 + 24) - 1)
+    monkeypatch.setattr(data_utils.shutil, "disk_usage", lambda folder: free)
+    with pytest.raises(ADTError, match="cache needs 0.0 GB for 9 captions, and 0.0 GB are free"):
+        run(*cache)
+    assert encoded == [""]
+    free.free += 1
+    run(*cache, "--max_train_steps", 1)
+    free.free = 0
+    run(*cache, "--max_train_steps", 1)  # all are there
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_captions_are_cached_in_batches(options, encoded, tmp_path, monkeypatch, num_batches):
+    """By as many calls of the encoders, and what an embedding is does not depend on how many."""
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_BATCH", 9 // num_batches)
+    encoder = train.PromptEncoder(train.parse_args(options()), NO_ACCELERATOR)
+    captions = [f"a red disc {n}" for n in range(8)] + [""]
+    expected, calls = encoder(captions), []
+    original = train.PromptEncoder.encode
+    monkeypatch.setattr(
+        train.PromptEncoder, "encode", lambda self, some: calls.append(len(some)) or original(self, some)
+    )
+    encoder.use_cache(tmp_path / "cache", captions, Accelerator(cpu=True))
+    assert calls == [9 // num_batches] * num_batches
+    for name, value in encoder(captions).items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=1e-5)
+
+
 def test_cache_that_some_process_does_not_see_is_refused(run, cache, monkeypatch):
     """Two machines with a folder each: what one writes the other does not see."""
     monkeypatch.setattr(data_utils, "gather_object", lambda values: [*values, False])
@@ -297,10 +329,10 @@ def test_stopped_encoding_goes_on_and_a_damaged_file_is_named(run, cache, encode
     monkeypatch.setattr(data_utils, "CAPTIONS_PER_FILE", 3)
     original = train.PromptEncoder.encode
 
-    def fail(self, prompt):
-        if len(encoded) == 1 + 4:  # the second file's second caption
+    def fail(self, prompts):
+        if len(encoded) == 1 + 3:  # the second file's captions
             raise OSError("disk full")
-        return original(self, prompt)
+        return original(self, prompts)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.PromptEncoder, "encode", fail)

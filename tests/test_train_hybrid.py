@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Model, ResNetForImageClassification, ResNetModel
 
-from data_utils import make_dataloader
+from data_utils import load_micro_batches
 from related import train_hybrid as train
 from related.related_utils import load_prompt_encoder, start_run
 from training_utils import ADTError, FrozenModels, Nature, Trained, prepare_generator
@@ -35,7 +35,8 @@ def options(base_paths, resnet_path, dataset_path, tmp_path):
             "--discriminator_resolution", 12, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 4,
             "--learning_rate", 1e-3, "--discriminator_learning_rate", 1e-2, "--lr_warmup_steps", 0,
             "--generator_start_step", 1, "--hybrid_loss_weight", 1, "--hybrid_ramp_steps", 2,
-            "--checkpointing_steps", 100, "--num_inference_steps", 4, "--output_dir", tmp_path / output_dir, *more,
+            "--checkpointing_steps", 100, "--num_inference_steps", 4, "--dataloader_num_workers", 0,
+            "--output_dir", tmp_path / output_dir, *more,
         ]  # fmt: skip
         return [str(word) for word in words]
 
@@ -70,7 +71,7 @@ def parts(options):
             models=models,
             generator=generator,
             adversary=train.HybridAdversary(run),
-            batch=train.prepare_batch(next(iter(make_dataloader(run))), 0, models, module, run),
+            batch=train.prepare_batch(next(load_micro_batches(run, save_checkpoint=None)), 0, models, module, run),
         )
 
     return make

@@ -59,7 +59,7 @@ def options(bases, dataset_path, tmp_path):
             "--family", family.name, "--pretrained_model_name_or_path", bases[base], "--train_data_dir", dataset_path,
             "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 3, "--learning_rate", 1e-3,
             "--lr_warmup_steps", 0, "--checkpointing_steps", 100, "--report_to", "none", *family.options,
-            "--output_dir", tmp_path / output_dir, *more,
+            "--dataloader_num_workers", 0, "--output_dir", tmp_path / output_dir, *more,
         ]  # fmt: skip
         return [str(word) for word in words]
 

@@ -28,7 +28,7 @@ def run(base_path, dataset_path, tmp_path):
         words = [
             "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path, "--resolution", 16,
             "--train_batch_size", 2, "--max_train_steps", 2, "--learning_rate", 1e-3, "--lr_warmup_steps", 0,
-            "--output_dir", tmp_path / output_dir, *more,
+            "--dataloader_num_workers", 0, "--output_dir", tmp_path / output_dir, *more,
         ]  # fmt: skip
         words = ["--family", "sd15", *words] if script is train_robust else words
         script.main(script.parse_args([str(word) for word in words]))

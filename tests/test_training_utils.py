@@ -97,14 +97,14 @@ CHANGES = [
     ("--resolution", 8, "--discriminator_resolution", 8),
 ]  # fmt: skip
 KEEPS = [
-    ("--gradient_checkpointing",), ("--dataloader_num_workers", 1), ("--allow_tf32",),
+    ("--gradient_checkpointing",), ("--dataloader_num_workers", 2), ("--allow_tf32",),
     ("--use_ema", "--offload_ema"), ("--use_ema", "--foreach_ema"), ("--lr_num_cycles", 2), ("--lr_power", 2),
-    ("--ema_decay", 0.5),
+    ("--ema_decay", 0.5), ("--check_images", "all"), ("--check_images", "none"),
 ]  # fmt: skip
 ELSEWHERE = {
     "help", "pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path",
     "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "cache_dir",
-    "output_dir", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
+    "output_dir", "skip_bad_images", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
     "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "output_kohya_format", "num_validation_images",
     "validation_steps",
