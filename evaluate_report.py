@@ -14,8 +14,9 @@
 """What `evaluate_adt.py` writes of its numbers: `report.json`, `report.md`, `report.html` and the plots.
 
 The tables and plots are those of *ADT: Tuning Diffusion Models with Adversarial Supervision*: metrics by pipeline
-(Table 1), by sampler (Table 2) and by training option (Table 3), win rates (Figure 3), and metrics against guidance
-scale and steps (Figure 5), training iteration (A2) and a training option such as lambda (A3).
+(Table 1), by sampler (Table 2) and by training option (Table 3), the dataset's own (Table A1), win rates (Figure 3),
+and metrics against guidance scale and steps (Figure 5), training iteration (A2) and a training option such as lambda
+(A3).
 
 `report.html` is one file that needs no network. Beside tables and plots it has a gallery, and a blind comparison whose
 votes it saves as `votes.json`; `count_votes` reads such files back.
@@ -23,15 +24,17 @@ votes it saves as `votes.json`; `count_votes` reads such files back.
 A report is a dict that JSON can hold:
 
 - "settings": "dataset_name", "dataset_config_name", "split", "num_images", "quality_prompts", "num_quality_prompts",
-  "resolution", "seed", "dtype", "num_bootstrap";
-- "pipelines": a list of {"name", "path", "lora", "weights", "run", "iteration", "training"}. "weights" stands for its
-  files of weights; "run" and "iteration" are set where it is a checkpoint of a training run; "training" is the content
-  of its `adt_config.json`, or None;
+  "resolution", "seed", "dtype", "timestep_spacing", "num_bootstrap";
+- "pipelines": a list of {"name", "path", "lora", "vae", "weights", "sampling", "run", "iteration", "training"}.
+  "weights" stands for its files of weights; "vae" is one in place of its own, or None; "sampling" is how it was called
+  beside sampler, steps, guidance and size, {option: value}; "run" and "iteration" are set where it is a checkpoint of
+  a training run; "training" is the content of its `adt_config.json`, or None;
 - "runs": a list of {"pipeline", "sampler", "steps", "guidance_scale", "images", "metrics"}: "images" has the folders
   of the sets of prompts "test" and "quality", relative to the report's own, with image n as `NNNNNN.png`; "metrics"
   has {name: {"value", "interval", "n", "prompts", ...}}, with "scores" where there is one for each image;
 - "floors": a list of {"name", "pipelines", "vae", "images", "metrics"}, with images and metrics as a run's: the real
   images through the VAE of these pipelines and back. They are compared with nothing, and drawn by no setting;
+- "real_images": {"n", "caption_tokens", "metrics"} of the dataset, whose metrics are of each image alone, or None;
 - "warnings": sentences.
 
 `metrics`, everywhere below, is {name: (description, direction)}; the direction is "lower" or "higher", whichever is
@@ -175,7 +178,7 @@ def report_id(report) -> str:
     """
     identity = {
         "settings": {key: value for key, value in report["settings"].items() if key != "num_bootstrap"},
-        "pipelines": [[pipeline["name"], pipeline["weights"]] for pipeline in report["pipelines"]],
+        "pipelines": [[entry[key] for key in ("name", "weights", "sampling")] for entry in report["pipelines"]],
         "runs": [[run["pipeline"], *setting(run), run["images"]] for run in report["runs"]],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -316,6 +319,30 @@ def main_table(report, metrics) -> Table:
     )
 
 
+def real_images_tables(report, metrics) -> list:
+    """What a dataset is like (Table A1)."""
+    real, settings = report["real_images"], report["settings"]
+    if real is None or not real["metrics"]:
+        return []
+    names = metric_names([real], metrics)
+    tokens = real["caption_tokens"]
+    row = [
+        text(settings["dataset_name"]),
+        settings["split"],
+        str(real["n"]),
+        "–" if tokens is None else f"{tokens:.2f}",
+    ]
+    return [
+        Table(
+            "Real images",
+            ["dataset", "split", "images", "tokens", *names],
+            "llrr" + "r" * len(names),
+            [row + [value_cell(real, name) for name in names]],
+            "The dataset's own images, with their own captions, whose mean length is in CLIP's tokens.",
+        )
+    ]
+
+
 def transfer_tables(report, metrics) -> list:
     """Does it hold under samplers that training has not seen (Table 2)? For each metric, samplers in columns."""
     tables, by_guidance = [], grouped(report["runs"], "guidance_scale")
@@ -443,11 +470,12 @@ def about_tables(report, metrics) -> list:
         ),
         Table(
             "Pipelines",
-            ["name", "path", "adapters", "method", "iterations", "checkpoint of", "iteration"]
+            ["name", "path", "adapters", "VAE", "called with", "method", "iterations", "checkpoint of", "iteration"]
             + ["floor"] * bool(floors),
-            "llllrlr" + "l" * bool(floors),
+            "llllllrlr" + "l" * bool(floors),
             [
-                [pipeline["name"], pipeline["path"], text(pipeline["lora"])]
+                [pipeline["name"], pipeline["path"], text(pipeline["lora"]), text(pipeline["vae"])]
+                + [", ".join(f"{key} {value}" for key, value in pipeline["sampling"].items()) or "–"]
                 + [text((pipeline["training"] or {}).get(key)) for key in ("method", "iterations")]
                 + [text(pipeline["run"]), text(pipeline["iteration"])]
                 + [floor["name"] for floor in floors if pipeline["name"] in floor["pipelines"]]
@@ -671,7 +699,9 @@ def write_report(report, metrics, prompts, real_image, output_dir, num_gallery, 
     output_dir = Path(output_dir)
     report["human_preference"] = count_votes(votes, report)
     report["win_rates"] = win_rates(report, metrics)
-    tables = [main_table(report, metrics), *transfer_tables(report, metrics), *training_tables(report, metrics)]
+    tables = [main_table(report, metrics)] if report["runs"] else []
+    tables += [*real_images_tables(report, metrics), *transfer_tables(report, metrics)]
+    tables += [*training_tables(report, metrics)]
     tables += [*win_rate_tables(report), *preference_tables(report), *about_tables(report, metrics)]
 
     plots = []

@@ -46,8 +46,8 @@ PROMPTS = {
 
 def pipeline(name, training=None, run=None, iteration=None):
     return {
-        "name": name, "path": f"models/{name}", "lora": None, "weights": f"of {name}", "run": run,
-        "iteration": iteration, "training": training,
+        "name": name, "path": f"models/{name}", "lora": None, "vae": None, "weights": f"of {name}",
+        "sampling": {"guidance_rescale": 0.0}, "run": run, "iteration": iteration, "training": training,
     }  # fmt: skip
 
 
@@ -80,9 +80,16 @@ def make_report(pipelines, settings=(("ddim", 50, 7.0),), sets=("test", "quality
     settings = {
         "dataset_name": "user/captions", "dataset_config_name": None, "split": "test", "num_images": 5,
         "quality_prompts": "hps", "num_quality_prompts": 3, "resolution": 16, "seed": 0, "dtype": "float32",
-        "num_bootstrap": 100,
+        "timestep_spacing": None, "num_bootstrap": 100,
     }  # fmt: skip
-    return {"settings": settings, "pipelines": pipelines, "runs": runs, "floors": [], "warnings": []}
+    return {
+        "settings": settings,
+        "pipelines": pipelines,
+        "runs": runs,
+        "floors": [],
+        "real_images": None,
+        "warnings": [],
+    }
 
 
 def make_floor(name, pipelines, value):
