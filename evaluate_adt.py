@@ -17,9 +17,10 @@
         --dataset_name DATASET --split test --num_images 5000 --sampler ddim:50 dpmsolver++:30 --guidance_scale 7.0 \
         --metrics fdd precision_recall clip sharpness --output_dir report
 
-Every pipeline draws each caption from the same noise, under every sampler and guidance scale. Images that are there
-already are kept, so that a stopped evaluation goes on; other settings in the same folder are refused. It writes
-`report.json`, `report.md` with its plots, and `report.html`, one file with a gallery and a blind comparison.
+Every pipeline draws each caption from the same noise, under every sampler and guidance scale, and else as it was
+trained to be sampled. Images that are there already are kept, so that a stopped evaluation goes on; other settings in
+the same folder are refused. It writes `report.json`, `report.md` with its plots, and `report.html`, one file with a
+gallery and a blind comparison.
 
 It needs the other `evaluate_*` files and the `*_utils.py` beside it.
 """
@@ -623,6 +624,7 @@ def prepare_output(report, sets, facts, dataset, args):
     for directory, settings in folders.items():
         check_settings(directory, settings)
     try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         for directory, settings in folders.items():
             write_settings(directory, settings)
     except OSError as error:

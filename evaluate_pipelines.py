@@ -16,6 +16,7 @@
 import hashlib
 import inspect
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -245,7 +246,8 @@ def outline_models(candidate, args) -> dict:
                 with safe_open(folder / file, "pt"):
                     pass
             else:
-                torch.load(folder / file, map_location="meta", weights_only=True, mmap=True)
+                mapped = zipfile.is_zipfile(folder / file)  # else of an old format, which is read to its end
+                torch.load(folder / file, map_location="meta", weights_only=True, mmap=mapped)
         with torch.device("meta"):
             if hasattr(kind, "load_config"):
                 models[name] = kind.from_config(kind.load_config(folder))
@@ -300,10 +302,7 @@ def make_scheduler(sampler, base, timestep_spacing):
         return base
     if isinstance(base, FlowMatchEulerDiscreteScheduler) or base.config.get("use_flow_sigmas", False):
         raise EvaluationError(f"--sampler {sampler} does not suit a flow-matching model: use own.")
-    # Less what the scheduler's class filled in, which another class fills in by its own defaults.
-    filled_in = base.config.get("_use_default_values", ())
-    stated = {name: value for name, value in base.config.items() if name not in filled_in}
-    return configure_sampler(sampler, stated, timestep_spacing)
+    return configure_sampler(sampler, base.config, timestep_spacing)
 
 
 def noise_levels(scheduler, steps, key, pipeline, args) -> list[float]:

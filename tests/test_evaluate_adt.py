@@ -170,7 +170,7 @@ WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "loading", "call", "recorded"),
+    ("family", "stated", "loading", "call", "recorded"),
     [
         ("sd15", {"guidance_rescale": 0.7}, {}, {"guidance_rescale": 0.7}, {"guidance_rescale": 0.7}),
         ("sd3", {"no_t5": True, "max_sequence_length": 20}, WITHOUT_T5, {"max_sequence_length": 20},
@@ -181,8 +181,8 @@ WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
     ],
     ids=["guidance_rescale", "without T5", "image's sizes"],
 )  # fmt: skip
-def test_sampled_as_trained(run, trained, tmp_path, capsys, family, options, loading, call, recorded):
-    path = trained(family, options)
+def test_sampled_as_trained(run, trained, tmp_path, family, stated, loading, call, recorded):
+    path = trained(family, stated)
     chosen = ("--pipelines", f"one={path}", "--metrics", "sharpness", "--sampler", "own:2", "--num_images", 2)
     report = run(*chosen)
     folder = tmp_path / "report" / report["runs"][0]["images"]["test"]
@@ -198,9 +198,8 @@ def test_sampled_as_trained(run, trained, tmp_path, capsys, family, options, loa
     assert np.abs(saved - np.array(expected)).max() <= 1 < np.abs(saved - np.array(plain)).max()
     assert report["pipelines"][0]["sampling"] == recorded
     assert json.loads((folder / "settings.json").read_text())["sampling"] == recorded
-    assert (
-        ", ".join(f"{key} {value}" for key, value in recorded.items()) in (folder.parents[3] / "report.md").read_text()
-    )
+    shown = ", ".join(f"{key} {value}" for key, value in recorded.items())
+    assert shown in (tmp_path / "report" / "report.md").read_text()
 
     # The command line overrides it, and images that were drawn otherwise are not taken for its own.
     usual = {"sd15": ["--guidance_rescale", 0], "sd3": ["--t5", "--max_sequence_length", 256]}
@@ -294,16 +293,11 @@ def test_warnings_reach_the_report(run, trained, caplog, tmp_path):
 def test_spacing_is_the_flags_else_the_pipelines(monkeypatch):
     seen = []
     monkeypatch.setattr(pipelines, "configure_sampler", lambda *key: seen.append(key))
-    silent = PNDMScheduler.from_config({"num_train_timesteps": 1000, "beta_schedule": "scaled_linear"})
-    stating = PNDMScheduler.from_config({"timestep_spacing": "trailing"})
-    assert silent.config.timestep_spacing == "leading"  # which its class filled in
-    for base, flag in ((silent, None), (stating, None), (stating, "linspace")):
+    base = PNDMScheduler.from_config({"timestep_spacing": "trailing"})
+    for flag in (None, "linspace"):
         pipelines.make_scheduler("ddim", base, flag)
-    assert [(config.get("timestep_spacing"), flag) for _, config, flag in seen] == [
-        (None, None), ("trailing", None), ("trailing", "linspace")
-    ]  # fmt: skip
-    assert seen[0][1]["beta_schedule"] == "scaled_linear"
-    assert pipelines.make_scheduler("own", stating, None) is stating
+    assert seen == [("ddim", base.config, None), ("ddim", base.config, "linspace")]
+    assert pipelines.make_scheduler("own", base, None) is base
 
 
 def test_spacing_by_flag(run, sd15_path, tmp_path):
@@ -671,6 +665,34 @@ def test_options_reach_what_they_name(run, options, tmp_path, sd15_path, test_se
     assert evaluation.load_reference(args)[1] == ["a red disc"] * 9 + [""]
 
 
+def test_real_images_alone(options, pictures, tmp_path, clip_path, capsys):
+    """The paper's Table A1, which needs no pipeline."""
+    torch.save(torch.nn.Linear(24, 1).state_dict(), tmp_path / "aesthetic.pth")
+    words = options(
+        "--metrics", "aesthetic", "clip", "--aesthetic_weights", tmp_path / "aesthetic.pth",
+        "--aesthetic_clip_model_name_or_path", clip_path,
+    )[3:]  # fmt: skip
+    for more, sentence in (
+        ((), "--resolution: there is no pipeline to say it"),
+        (("--metrics", "fdd"), "must name what"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluation.parse_args([*words, *more])
+        assert sentence in capsys.readouterr().err
+    args = evaluation.parse_args([*words, "--resolution", "16"])
+    evaluation.main(args)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    real, captions = report["real_images"], evaluation.load_reference(args)[1]
+    scorer = metrics.CLIPScore(args).eval()
+    lengths = [len(scorer.tokenizer(caption).input_ids) - 2 for caption in captions]  # less the begin and the end
+    assert (real["n"], real["caption_tokens"]) == (10, np.mean(lengths)) and len(set(lengths)) > 1
+    with torch.no_grad():
+        expected = scorer(torch.stack([scorer.prepare(picture) for picture in pictures]), captions)
+    assert real["metrics"]["clip"]["scores"] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert real["metrics"].keys() == {"aesthetic", "clip"} and not (tmp_path / "report" / "images").exists()
+    assert f"| test | 10 | {np.mean(lengths):.2f} |" in (tmp_path / "report" / "report.md").read_text()
+
+
 # The metrics
 
 
@@ -1036,6 +1058,37 @@ def test_pipelines_that_cannot_be_loaded_are_refused_before_generating(run, sd15
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(evaluation.EvaluationError, match="broken cannot be loaded: .*diffusion_pytorch_model"):
         run("--pipelines", f"good={sd15_path}", f"bad={tmp_path / 'broken'}")
+
+
+def test_damaged_weights_are_found_without_loading_them(options, sd15_path, tmp_path):
+    args = evaluation.parse_args(options())
+    candidate = pipelines.Candidate("one", str(shutil.copytree(sd15_path, tmp_path / "model")))
+    whole = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def refused(match):
+        with pytest.raises(evaluation.EvaluationError, match=f"model cannot be loaded: .*{match}"):
+            pipelines.load_pipeline(candidate, args, "meta")
+
+    unet = pipelines.load_pipeline(candidate, args, "meta").unet
+    assert {value.device.type for value in unet.parameters()} == {"meta"}
+    whole.write_bytes(whole.read_bytes()[:-10])
+    refused("")
+    whole.unlink()
+    shutil.copy(Path(sd15_path, "unet", whole.name), tmp_path / whole.name)
+    pickled = whole.with_suffix(".bin")
+    torch.save(load_file(tmp_path / whole.name), pickled)
+    pipelines.load_pipeline(candidate, args, "meta")
+    pickled.write_bytes(pickled.read_bytes()[:-1000])
+    refused("")
+    pickled.unlink()
+    UNet2DConditionModel.from_pretrained(sd15_path, subfolder="unet").save_pretrained(
+        whole.parent, max_shard_size="500KB"
+    )
+    first, *others = sorted(whole.parent.glob("*-of-*.safetensors"))
+    assert others
+    pipelines.load_pipeline(candidate, args, "meta")
+    first.unlink()
+    refused(first.name)
 
 
 def test_output_that_cannot_be_written_is_refused(run, tmp_path, monkeypatch):
