@@ -274,9 +274,7 @@ def load_pipeline(candidate, args, device):
                 for name, (kind, folder) in model_folders(candidate, args).items()
                 if replaced.get(name) is not None
             }
-        pipeline = DiffusionPipeline.from_pretrained(
-            find_folder(candidate, args), dtype=dtype, **absent, **models
-        )
+        pipeline = DiffusionPipeline.from_pretrained(find_folder(candidate, args), dtype=dtype, **absent, **models)
         if candidate.lora is not None:
             pipeline.load_lora_weights(candidate.lora, cache_dir=args.cache_dir)
     except Exception as error:  # diffusers, transformers, safetensors and peft have a dozen kinds
