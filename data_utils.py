@@ -16,7 +16,7 @@
 The sections can be read alone:
 
 - seeded draws: `make_generator`, `draw_per_image`;
-- the data set: `load_image_caption_dataset`, `check_dataset`;
+- the data set: `load_image_caption_dataset`, `identify_data`, `check_dataset`;
 - images and captions: `transform_image`, `choose_caption`, `ImageCaptionDataset`;
 - their order: `GlobalBatchSampler`, `make_dataloader`;
 - captions' embeddings on disk: `EmbeddingCache`.
@@ -24,7 +24,10 @@ The sections can be read alone:
 
 import hashlib
 import json
+import os
+import signal
 import tempfile
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -33,6 +36,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
@@ -95,6 +99,41 @@ def load_image_caption_dataset(args) -> datasets.Dataset:
         order = torch.randperm(len(dataset), generator=make_generator(args.seed, "samples"))
         dataset = dataset.select(sorted(order[: args.max_train_samples].tolist()))
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def identify_data(dataset, args) -> dict:
+    """What tells the rows from others, wherever they lie: their number, captions, and images by name and size.
+
+    Images are not read: of files the base name and the size count, of embedded ones the number of bytes, too.
+
+    Returns:
+        `images`, their number, and `captions` and `files`, digests.
+    """
+    table = dataset.data  # as it is stored: rows would bring the images along
+    image_column = table.column(args.image_column)
+    paths = pyarrow.compute.struct_field(image_column, "path").to_pylist()
+    sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(image_column, "bytes")).to_pylist()
+
+    def describe(first):
+        found = []
+        for path, size in zip(paths[first : first + 1000], sizes[first : first + 1000], strict=True):
+            if size is None and path is not None and os.path.exists(path):
+                size = os.path.getsize(path)
+            found.append((os.path.basename(path or ""), size))
+        return found
+
+    with ThreadPoolExecutor(16) as pool:  # a network's file system answers each after a while
+        files = list(pool.map(describe, range(0, len(paths), 1000)))
+    captions = table.column(args.caption_column).to_pylist()
+    return {"images": len(dataset), "captions": digest_of(captions), "files": digest_of(files)}
+
+
+def digest_of(values) -> str:
+    """Sixteen hexadecimal digits for an iterable of texts, numbers, and lists of them."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(f"{value!r}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def open_image(record) -> Image.Image:
@@ -257,6 +296,24 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
                 ]
 
 
+def leave_signals_alone(worker_id):
+    """Has a worker live on where a scheduler or Ctrl-C signals a whole process group, since the run stops by itself.
+
+    SIGTERM of its own process ends it all the same, as it must for Python to end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # as on macOS and Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def make_dataloader(run) -> torch.utils.data.DataLoader:
     """This process's micro-batches, from the run's first iteration on."""
     args, accelerator = run.args, run.accelerator
@@ -267,6 +324,7 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
         ),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_alone,
     )
 
 

@@ -673,7 +673,7 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
     student_sigmas = {
         candidate.name: candidate.training["inference"]["sigmas"]
         for candidate in candidates
-        if candidate.training is not None and "sigmas" in candidate.training["inference"]
+        if candidate.training is not None and candidate.training["inference"].get("stochastic_sampling", False)
     }
     for run in runs:
         if run["pipeline"] in student_sigmas:

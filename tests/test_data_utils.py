@@ -1,7 +1,9 @@
 """Seeded draws, loading and checking data sets, images and captions and their order; runs are the SD1.5 script's."""
 
 import logging
+import os
 import shutil
+import signal
 import types
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from data_utils import (
     GlobalBatchSampler,
     ImageCaptionDataset,
     check_dataset,
+    identify_data,
+    leave_signals_alone,
     load_image_caption_dataset,
     make_generator,
     open_image,
@@ -49,6 +53,48 @@ def test_generators_differ_in_every_part_of_their_key():
 
 
 # The data set
+
+
+def test_data_are_recognised_by_their_content(tmp_path, dataset_path):
+    """In a folder or embedded in a table, and without reading the images."""
+    args = types.SimpleNamespace(image_column="image", caption_column="text")
+    folder = datasets.load_dataset("imagefolder", data_dir=dataset_path, split="train")
+    folder = folder.cast_column("image", datasets.Image(decode=False))
+    shutil.copytree(dataset_path, tmp_path / "elsewhere")
+    moved = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "elsewhere"), split="train")
+    moved = moved.cast_column("image", datasets.Image(decode=False))
+    found = identify_data(folder, args)
+    assert found["images"] == 8 and identify_data(moved, args) == found
+    folder.save_to_disk(tmp_path / "embedded")
+    embedded = datasets.load_from_disk(tmp_path / "embedded")
+    assert embedded[0]["image"]["bytes"] is not None
+    # Such a table keeps the files' names; what it has of them is as long as they are.
+    assert identify_data(embedded, args) == found
+    assert identify_data(moved.select([1, 0, *range(2, 8)]).flatten_indices(), args)["files"] != found["files"]
+    captions = [row["text"] for row in folder]
+    other = folder.remove_columns("text").add_column("text", [[caption] for caption in captions])
+    assert identify_data(other, args)["captions"] != found["captions"]
+
+
+def test_workers_live_on_when_all_processes_are_signalled():
+    """But for their own process's SIGTERM, without which Python would wait for them when it ends."""
+    loader = torch.utils.data.DataLoader(range(9), num_workers=1, worker_init_fn=leave_signals_alone)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        other = os.fork()  # another process's signal, as a launcher's
+        if other == 0:
+            os.kill(worker.pid, number)
+            os._exit(0)
+        os.waitpid(other, 0)
+    assert len(list(batches)) == 8
+    batches = iter(loader)
+    next(batches)
+    (worker,) = batches._workers
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 def test_dataset_name_and_columns(run, tmp_path, dataset_path):
