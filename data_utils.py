@@ -16,7 +16,7 @@
 The sections can be read alone:
 
 - seeded draws: `make_generator`, `draw_per_image`;
-- the data set: `load_image_caption_dataset`, `read_image`;
+- the data set: `load_image_caption_dataset`, `identify_data`, `read_image`;
 - images and captions: `transform_image`, `choose_caption`, `ImageCaptionDataset`;
 - their order and loading: `GlobalBatchSampler`, `make_dataloader`, `load_micro_batches`;
 - what is checked of the images at a start: `check_used_images`;
@@ -38,6 +38,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
@@ -113,6 +114,41 @@ def holds_text(arrow_type) -> bool:
         arrow_type = arrow_type.value_type
     kinds = (pyarrow.types.is_string, pyarrow.types.is_large_string, pyarrow.types.is_null)
     return any(is_kind(arrow_type) for is_kind in kinds)
+
+
+def identify_data(dataset, args) -> dict:
+    """What tells the rows from others, wherever they lie: their number, captions, and images by name and size.
+
+    Images are not read: of files the base name and the size count, of embedded ones the number of bytes, too.
+
+    Returns:
+        `images`, their number, and `captions` and `files`, digests.
+    """
+    table = dataset.data  # as it is stored: rows would bring the images along
+    image_column = table.column(args.image_column)
+    paths = pyarrow.compute.struct_field(image_column, "path").to_pylist()
+    sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(image_column, "bytes")).to_pylist()
+
+    def describe(first):
+        found = []
+        for path, size in zip(paths[first : first + 1000], sizes[first : first + 1000], strict=True):
+            if size is None and path is not None and os.path.exists(path):
+                size = os.path.getsize(path)
+            found.append((os.path.basename(path or ""), size))
+        return found
+
+    with ThreadPoolExecutor(16) as pool:  # a network's file system answers each after a while
+        files = list(pool.map(describe, range(0, len(paths), 1000)))
+    captions = table.column(args.caption_column).to_pylist()
+    return {"images": len(dataset), "captions": digest_of(captions), "files": digest_of(files)}
+
+
+def digest_of(values) -> str:
+    """Sixteen hexadecimal digits for an iterable of texts, numbers, and lists of them."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(f"{value!r}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def open_image(record) -> Image.Image:
@@ -292,6 +328,24 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
                 ]
 
 
+def leave_signals_alone(worker_id):
+    """Has a worker live on where a scheduler or Ctrl-C signals a whole process group, since the run stops by itself.
+
+    SIGTERM of its own process ends it all the same, as it must for Python to end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # as on macOS and Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def make_dataloader(run) -> torch.utils.data.DataLoader:
     """This process's micro-batches, from the run's first iteration on; its workers live as long as an iterator."""
     args, accelerator = run.args, run.accelerator
@@ -304,24 +358,9 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
         num_workers=args.dataloader_num_workers,
         prefetch_factor=PREFETCH_FACTOR if args.dataloader_num_workers else None,
         pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=leave_signals_to_training,
+        worker_init_fn=leave_signals_alone,
         generator=make_generator(args.seed, "workers"),  # else it draws from the global one, which serves dropout
     )
-
-
-def leave_signals_to_training(worker_id):
-    """Has a worker live on when the whole job is interrupted: the process that trains still needs it, and ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # neither macOS nor Windows has schedulers that send SIGTERM to all
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def load_micro_batches(run, save_checkpoint):
@@ -347,7 +386,7 @@ def load_micro_batches(run, save_checkpoint):
         num_bad, num_without_image = counts
         if num_without_image:
             if iteration > run.first_iteration and iteration % args.checkpointing_steps:  # else there is one already
-                save_checkpoint(iteration, args, accelerator)
+                save_checkpoint(iteration, run)
             raise ADTError(
                 f"{gather_object(bad_images)[0]} "
                 + (f"The run ends with checkpoint-{iteration}. " if iteration else "")

@@ -15,15 +15,19 @@
 
 The sections can be read alone:
 
+- what a run is recognised by: `identify_run`, `check_identity`;
 - checkpoints: `save_checkpoint`, `find_checkpoint`, `register_checkpoint_hooks`, `load_checkpoint`;
+- stopping before the end: `Interruption`;
 - validation: `Validation`;
-- the result: `create_output`, `save_result`, `write_model_card`.
+- the result: `create_output`, `finish_run`, `save_result`, `write_model_card`.
 """
 
 import json
 import os
 import shlex
 import shutil
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,10 +44,11 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adversary_utils import DriftGuard, norm_group
-from data_utils import make_generator
+from data_utils import digest_of, identify_data, make_generator
 from training_utils import (
     ADTError,
     Method,
@@ -62,11 +67,11 @@ ADAPTERS = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks 
 KOHYA_ADAPTERS = "pytorch_lora_weights_kohya.safetensors"  # as diffusers' examples call it
 
 
-# Checkpoints
+# What a run is recognised by
 
 
 def checkpoint_config(args, accelerator) -> dict:
-    """What a checkpoint must agree with when a run is resumed."""
+    """The options that a run's checkpoints are made with, places of data and models included."""
     natures = [Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED, Nature.SECRET]
     natures += [Nature.FINE_TUNING if args.adversarial else Nature.ADVERSARIAL]
     natures += [] if args.use_lora else [Nature.LORA]
@@ -81,6 +86,111 @@ def checkpoint_config(args, accelerator) -> dict:
     return config
 
 
+def identify_run(args, schedule, dataset, accelerator) -> dict:
+    """What a checkpoint says of its run, and a resumed run must agree with; from the main process, on every process.
+
+    Args:
+        schedule: where the method's path or noise levels come from a scheduler, see `sampler_schedule`.
+
+    Returns:
+        `config`, see `checkpoint_config`; `models`, {option: what the model is}; `data`, see `identify_data`;
+        `schedule`.
+    """
+    identity = None
+    if accelerator.is_main_process:
+        config = checkpoint_config(args, accelerator)
+        models = {
+            name: identify_model(value)
+            for name, value in config.items()
+            if name.endswith("model_name_or_path") and value is not None
+        }
+        data = identify_data(dataset, args)
+        identity = {"config": config, "models": models, "data": data, "schedule": schedule}
+    return broadcast_object_list([identity])[0]
+
+
+def sampler_schedule(sampler) -> dict:
+    """{"sigmas": list} of a flow-matching sampler after `set_timesteps`, the last one 0; else {"timesteps": list}."""
+    if "shift" in sampler.config or sampler.config.get("use_flow_sigmas", False):
+        return {"sigmas": sampler.sigmas.tolist()}
+    return {"timesteps": sampler.timesteps.tolist()}
+
+
+def identify_model(path) -> str:
+    """A model on the Hub is its name; one in a folder is its files, wherever that is.
+
+    The text of configurations counts, and of other files the name, the size and a few bytes from all over them: tuned
+    weights have the size of the base's.
+    """
+    if not os.path.isdir(path):
+        return path
+    folders = [Path(path)]
+    if (folders[0] / "model_index.json").is_file():  # a pipeline: what else is in there may change
+        index = json.loads((folders[0] / "model_index.json").read_text())
+        folders = [folders[0] / name for name in sorted(index) if (folders[0] / name).is_dir()]
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
+    return f"a folder with the content {digest_of(map(describe_file, files))}"
+
+
+def describe_file(file) -> list:
+    """Its name, and its text or a sample of its bytes."""
+    name, size = f"{file.parent.name}/{file.name}", file.stat().st_size
+    if file.suffix in (".json", ".txt"):
+        return [name, file.read_bytes()]
+    with file.open("rb") as opened:
+        blocks = []
+        for n in range(16):
+            opened.seek(size * n // 16)
+            blocks.append(opened.read(4096))
+    return [name, size, blocks]
+
+
+def check_identity(path, before, now, args):
+    """Refuses a checkpoint of another run. Data and models in other places are the same if their content is.
+
+    Args:
+        before, now: as `identify_run` makes them; `before` is the checkpoint's.
+
+    Raises:
+        ADTError: naming what is different.
+    """
+    if not now.keys() <= before.keys():
+        raise ADTError(
+            f"The checkpoint {path} is an older version's, which did not record by what its data and models are "
+            "recognised: it cannot be resumed."
+        )
+    places = args.of_nature(Nature.BY_CONTENT)
+    different = [
+        f"{name} {before['config'].get(name)} (now {now['config'].get(name)})"
+        for name in sorted((now["config"].keys() | before["config"].keys()) - places)
+        if before["config"].get(name) != now["config"].get(name)
+    ]
+    different += [
+        f"{name} {before['models'].get(name)} (now {now['models'].get(name)})"
+        for name in sorted(now["models"].keys() | before["models"].keys())
+        if before["models"].get(name) != now["models"].get(name)
+    ]
+    if different:
+        raise ADTError(f"The checkpoint {path} was made with another configuration: {', '.join(different)}.")
+    of_data, data = before["data"], now["data"]
+    if of_data != data:
+        what = f"{of_data['images']} images (now {data['images']})"
+        if of_data["images"] == data["images"]:
+            what = "other captions" if of_data["files"] == data["files"] else "image files of other names or sizes"
+        raise ADTError(f"The checkpoint {path} was made with other data: {what}.")
+    for name in before["schedule"].keys() | now["schedule"].keys():
+        old, new = (np.array(found["schedule"].get(name, [])) for found in (before, now))
+        if old.shape != new.shape or not np.allclose(old, new, rtol=1e-4, atol=1e-6):
+            raise ADTError(
+                f"The checkpoint {path} was trained at other noise levels: the scheduler's {name} began with "
+                f"{', '.join(f'{value:.5g}' for value in old[:3])} (now "
+                f"{', '.join(f'{value:.5g}' for value in new[:3])}). Another version of diffusers may make them so."
+            )
+
+
+# Checkpoints
+
+
 def checkpoint_iteration(path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
 
@@ -91,23 +201,35 @@ def list_checkpoints(output_dir) -> list[Path]:
     return sorted(found, key=checkpoint_iteration)
 
 
-def save_checkpoint(iteration, args, accelerator):
-    """Writes `checkpoint-N` aside and renames it, so that it appears whole or not at all; on every process."""
+def save_checkpoint(iteration, run):
+    """Writes `checkpoint-N` aside and renames it, so that it appears whole or not at all; on every process.
+
+    Raises:
+        ADTError: where it cannot be written, as on a full disk. What there is of it is removed then, and the others
+            are left.
+    """
+    args, accelerator = run.args, run.accelerator
     final = Path(args.output_dir, f"checkpoint-{iteration}")
     partial = Path(args.output_dir, f".{final.name}-partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    errors = gather_object([writing_error(lambda: accelerator.save_state(str(partial)))])
+    if not any(errors):
+        write = (lambda: write_manifest(partial, iteration, run)) if accelerator.is_main_process else (lambda: None)
+        errors = gather_object([writing_error(write)])
+    if any(errors):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise ADTError(
+            f"The checkpoint {final} could not be written, with {free_gb(args.output_dir):.1f} GB free: "
+            f"{next(filter(None, errors))} {what_is_left(args.output_dir)}"
+        )
     if accelerator.is_main_process:
-        files = {str(file.relative_to(partial)): file.stat().st_size for file in partial.rglob("*") if file.is_file()}
-        manifest = {"iteration": iteration, "config": checkpoint_config(args, accelerator), "files": files}
-        (partial / "adt_checkpoint.json").write_text(json.dumps(manifest, indent=2))
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        if args.checkpoints_total_limit is not None:
+        if args.checkpoints_total_limit > 0:
             # First those past this one, which a run left that was taken up again before them, then the oldest.
             kept = (final, last_good_checkpoint(args.output_dir))
             others = [path for path in list_checkpoints(args.output_dir) if path not in kept]
@@ -116,6 +238,86 @@ def save_checkpoint(iteration, args, accelerator):
                 shutil.rmtree(old)
         logger.info(f"Saved {final}")
     accelerator.wait_for_everyone()
+
+
+def write_manifest(directory, iteration, run):
+    files = {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
+    manifest = {"iteration": iteration, **run.identity, "files": files}
+    (directory / "adt_checkpoint.json").write_text(json.dumps(manifest, indent=2))
+
+
+def writing_error(write) -> str | None:
+    """Calls `write`. Returns what kept it from writing a file, as a full disk does; other errors are raised."""
+    try:
+        write()
+    except SafetensorError as error:
+        return f"{error}."
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        return f"{error}."
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # `torch.save`'s; it does not name the cause
+            raise
+        return f"{str(error).splitlines()[0]}."
+
+
+def free_gb(directory) -> float:
+    return shutil.disk_usage(directory).free / 1e9
+
+
+def what_is_left(directory) -> str:
+    """What a run that ends in an error says of its checkpoints."""
+    left = list_checkpoints(directory)
+    return (
+        f"{left[-1].name} is whole: --resume_from_checkpoint latest goes on there." if left else "There is no other."
+    )
+
+
+def checkpoint_bytes(generator, run) -> int:
+    """What a checkpoint takes: networks, the average, and AdamW's two moments of what trains."""
+    accelerator, total = run.accelerator, 0
+    for model in map(accelerator.unwrap_model, accelerator._models):
+        is_generator = model is generator.network
+        adapters = is_generator and run.args.use_lora
+        values = trainable_parameters(model) if adapters else model.state_dict().values()
+        copies = 2 if is_generator and generator.ema is not None else 1
+        total += copies * sum(value.numel() * value.element_size() for value in values)
+    for optimizer in accelerator._optimizers:
+        eight_bit = "8bit" in type(optimizer.optimizer).__name__
+        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+            # bitsandbytes keeps small ones in float32.
+            total += 2 * parameter.numel() * (1 if eight_bit and parameter.numel() >= 4096 else 4)
+    return total
+
+
+def check_disk(generator, run):
+    """Says what the checkpoints will take, and refuses a run of which not all that are kept fit on the disk.
+
+    Raises:
+        ADTError: with what is needed and what is free.
+    """
+    args, sentence = run.args, None
+    limit = args.checkpoints_total_limit
+    if run.accelerator.is_main_process:
+        existing = len(list_checkpoints(args.output_dir))
+        planned = args.max_train_steps // args.checkpointing_steps - run.first_iteration // args.checkpointing_steps
+        # One more is there while it is written, and the last good one is spared beside the newest.
+        at_once = min(existing + planned, max(limit + args.stop_on_drift, existing) + 1)
+        needed_at_once = planned if limit == 0 else max(0, at_once - existing)
+        each, free = checkpoint_bytes(generator, run) / 1e9, free_gb(args.output_dir)
+        needed = each * needed_at_once
+        takes = f"Checkpoints take {each:.3g} GB each, {needed:.3g} GB more at once, and {free:.3g} GB are free in "
+        takes += f"{args.output_dir}"
+        if needed > free and (limit > 0 or each > free):
+            sentence = f"{takes}: choose another --output_dir or a lower --checkpoints_total_limit than {limit}."
+        elif needed > free:
+            logger.warning(f"{takes}: not all of them fit.")
+        else:
+            logger.info(f"{takes}.")
+    sentence = broadcast_object_list([sentence])[0]
+    if sentence is not None:
+        raise ADTError(sentence)
 
 
 def last_good_checkpoint(directory) -> Path | None:
@@ -155,25 +357,21 @@ def read_manifest(path, hint) -> dict:
     return manifest
 
 
-def find_checkpoint(args, accelerator) -> tuple[Path | None, int]:
+def find_checkpoint(identity, args) -> tuple[Path | None, int]:
     """The checkpoint to resume from and its iteration; `(None, 0)` where there is nothing to resume from.
 
+    Args:
+        identity: the run's, see `identify_run`.
+
     Raises:
-        ADTError: if the checkpoint is missing, truncated, or of another configuration.
+        ADTError: if the checkpoint is missing, truncated, or of another run.
     """
     path = locate_checkpoint(args)
     if path is None:
         return None, 0
     older = [other for other in list_checkpoints(args.output_dir) if other != path]
     manifest = read_manifest(path, f" Try --resume_from_checkpoint {older[-1].name}." if older else "")
-    before, now = manifest["config"], checkpoint_config(args, accelerator)
-    different = [
-        f"{name} {before.get(name)} (now {now.get(name)})"
-        for name in sorted(now.keys() | before.keys())
-        if before.get(name) != now.get(name)
-    ]
-    if different:
-        raise ADTError(f"The checkpoint {path} was made with another configuration: {', '.join(different)}.")
+    check_identity(path, manifest, identity, args)
     if manifest["iteration"] > args.max_train_steps:
         raise ADTError(f"The checkpoint {path} is at iteration {manifest['iteration']}, past --max_train_steps.")
     return path, manifest["iteration"]
@@ -201,11 +399,14 @@ def load_adapters(network, family, directory):
 def register_checkpoint_hooks(generator, run):
     """Has accelerate save and load the networks as safetensors, in the layout that pipelines load.
 
+    Refuses by `check_disk` what will not fit.
+
     A checkpoint then has, of these hooks, the network's folder (or its adapters' file), the same in `*_ema` with
     `ema.json`, and `discriminator.safetensors`; of accelerate, `optimizer.bin` and `custom_checkpoint_0.pkl` (the
     generator's optimizer and schedule), `optimizer_1.bin` and `custom_checkpoint_1.pkl` (the discriminator's) and each
     process's `random_states_*.pkl`; and of `save_checkpoint`, `adt_checkpoint.json`.
     """
+    check_disk(generator, run)
     # The hooks live as long as the accelerator: they must not hold what data parallelism wraps, see `end_run`.
     network, ema = generator.network, generator.ema
     family, args, accelerator = run.family, run.args, run.accelerator
@@ -266,6 +467,61 @@ def load_checkpoint(run):
         logger.info(f"Resuming from {run.checkpoint}")
 
 
+# Stopping before the end
+
+
+class Interruption:
+    """SIGTERM, Ctrl-C and `--max_train_time`, which end a run with a checkpoint after the iteration that it is in.
+
+    As a context it takes the two signals. A second one ends the program at once, as the first does outside of it.
+
+    Attributes:
+        stopped_after: how many iterations are done where the run was stopped; else None.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # Within so many seconds signals are one: a launcher passes on what the scheduler has sent to every process.
+    ONE_SIGNAL = 2.0
+
+    def __init__(self, args, accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.started, self.received, self.handlers = time.monotonic(), None, {}
+        self.stopped_after = None
+
+    def __enter__(self):
+        for number in self.SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as behind a shell's `&`
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        if self.received is None:
+            self.received = time.monotonic()
+            if self.accelerator.is_local_main_process:
+                # Not printed or logged: the program may be in the middle of either.
+                os.write(2, b"\nStopping after this iteration, with a checkpoint. A second signal stops at once.\n")
+        elif time.monotonic() - self.received > self.ONE_SIGNAL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def is_due(self, done) -> bool:
+        """Whether the run stops with its `done` iterations: on every process, if any of them has been told to."""
+        hours = (time.monotonic() - self.started) / 3600
+        told = self.received is not None or (
+            self.args.max_train_time is not None and hours >= self.args.max_train_time
+        )
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor(float(told), device=self.accelerator.device)
+            told = self.accelerator.reduce(told, reduction="sum").item() > 0
+        if told:
+            self.stopped_after = done
+        return told
+
+
 # Validation
 
 
@@ -273,7 +529,8 @@ class Validation:
     """Images of the validation prompts, by the training sampler and guidance, from the same noise each time.
 
     The base pipeline's are drawn when this is made, which must be before a checkpoint is loaded: there is no second
-    copy of the base's weights. Without validation prompts it does nothing.
+    copy of the base's weights. They are kept in `validation/base`, for when the run is resumed. Without validation
+    prompts it does nothing.
 
     Args:
         conditions: each prompt's embeddings, dicts of (1, ...).
@@ -285,7 +542,7 @@ class Validation:
 
     def __init__(self, generator, adversary, models, conditions, run):
         self.generator, self.models, self.conditions, self.run = generator, models, conditions, run
-        self.base_images = self.draw()
+        self.base_images = self.find_base_images()
         self.grids, self.drifted, self.guard = [], False, None
         if adversary is not None and len(conditions) > 1:
             prompts = run.args.validation_prompts
@@ -294,6 +551,30 @@ class Validation:
             for path in list_checkpoints(run.args.output_dir):
                 if checkpoint_iteration(path) > run.first_iteration:  # an earlier run's, or of one taken up before it
                     (path / GOOD).unlink(missing_ok=True)
+
+    def find_base_images(self) -> list[list[Image.Image]]:
+        """The base's images as `draw` gives them: those that the same run has kept, else drawn now."""
+        args, accelerator, sampler = self.run.args, self.run.accelerator, self.models.sampler
+        if not self.conditions:
+            return []
+        record = {
+            "prompts": args.validation_prompts,
+            "images": args.num_validation_images,
+            "scheduler": {name: value for name, value in sampler.config.items() if name[0] != "_"},
+            "call": self.run.family.inference_options(args),
+            **self.run.identity,
+        }
+        directory, record = Path(args.output_dir, "validation", "base"), json.dumps(record, indent=2, default=str)
+        found = None
+        if accelerator.is_main_process:
+            found = read_images(directory, record, len(self.conditions), args.num_validation_images)
+        found = broadcast_object_list([found])[0]
+        if found is not None:
+            return found
+        images = self.draw()
+        if accelerator.is_main_process:
+            write_images(directory, record, images)
+        return images
 
     def is_due(self, done) -> bool:
         """After `done` iterations; the last validation belongs to the run's end."""
@@ -311,7 +592,7 @@ class Validation:
         self.drifted = broadcast_object_list([drifted])[0]
         if not self.drifted:
             if done % args.checkpointing_steps != 0:  # else there is one already
-                save_checkpoint(done, args, accelerator)
+                save_checkpoint(done, self.run)
             if accelerator.is_main_process:
                 Path(args.output_dir, f"checkpoint-{done}", GOOD).touch()
 
@@ -403,6 +684,28 @@ class Validation:
             check_latents(latents, "in validation")
             images += pipeline.image_processor.postprocess(self.run.family.decode_latents(vae, latents.float()))
         return images
+
+
+def read_images(directory, record, num_prompts, num_images) -> list[list[Image.Image]] | None:
+    """The images that `write_images` wrote with the same `record`; None where there are none, or not all."""
+    file = directory / "record.json"
+    if not file.is_file() or file.read_text() != record:
+        return None
+    images = [[directory / f"prompt-{n}-{j}.png" for j in range(num_images)] for n in range(num_prompts)]
+    if not all(file.is_file() for row in images for file in row):
+        return None
+    logger.info(f"The base's validation images are {directory}'s.")
+    return [[Image.open(file).convert("RGB") for file in row] for row in images]
+
+
+def write_images(directory, record, images):
+    """Writes lists of images, and last the `record` of what they depend on, a text."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    for n, row in enumerate(images):
+        for j, image in enumerate(row):
+            image.save(directory / f"prompt-{n}-{j}.png")
+    (directory / "record.json").write_text(record)
 
 
 def log_validation(base_images, tuned_images, done, run) -> list[Image.Image]:
@@ -509,6 +812,35 @@ def create_output(args, accelerator) -> str | None:
     return repo_id
 
 
+def finish_run(generator, models, validation, run):
+    """The last validation, and the saved result; of a run that was stopped, where it goes on.
+
+    Raises:
+        ADTError: where the result cannot be written, as on a full disk.
+    """
+    args, accelerator, interruption = run.args, run.accelerator, run.interruption
+    if validation.drifted:
+        interruption.stopped_after = None  # it ends in any case
+    if interruption.stopped_after is not None:
+        logger.info(
+            f"Stopped after {interruption.stopped_after} of {args.max_train_steps} iterations, with "
+            f"{Path(args.output_dir, f'checkpoint-{interruption.stopped_after}')}: the same command with "
+            "--resume_from_checkpoint latest goes on there."
+        )
+        return
+    run = validation.finish()
+    # The last that the processes do together: only the main one goes on, for as long as an upload takes.
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return
+    error = writing_error(lambda: save_result(generator, models, validation.grids, run))
+    if error is not None:
+        raise ADTError(
+            f"The result in {args.output_dir} is not whole: it could not be written, with "
+            f"{free_gb(args.output_dir):.1f} GB free: {error} {what_is_left(args.output_dir)}"
+        )
+
+
 def save_result(generator, models, grids, run):
     """Writes the pipeline or the adapters, the scheduler, the card and its images, and uploads them when asked.
 
@@ -533,7 +865,7 @@ def save_result(generator, models, grids, run):
         file.parent.mkdir(exist_ok=True)
         grid.save(file)
         written.append(f"images/{file.name}")
-    write_model_card(sampler, bool(grids), run)
+    write_model_card(models.sampler, bool(grids), run)
     logger.info(f"Saved the result in {args.output_dir}")
     if args.push_to_hub:
         upload_result(written, run)
@@ -635,10 +967,9 @@ def pipeline_loading(sampler, run) -> tuple[str, str]:
     return "\n".join(lines), ", ".join(sorted(imports))
 
 
-def training_facts(sampler, call, run) -> dict:
+def training_facts(inference, run) -> dict:
     """What `adt_config.json` says of the run, for programs."""
     args, accelerator = run.args, run.accelerator
-    sampler_facts = {name: sampler.config[name] for name in run.family.sampler_facts if name in sampler.config}
     return {
         "base_model": args.public()["pretrained_model_name_or_path"],
         "method": run.method.name,
@@ -647,22 +978,29 @@ def training_facts(sampler, call, run) -> dict:
         "global_batch_size": run.global_batch_size,
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "inference": {"scheduler": type(sampler).__name__, **sampler_facts, **call},
+        "inference": inference,
         "training_options": args.public(),
         "versions": {module.__name__: module.__version__ for module in (accelerate, diffusers, torch, transformers)},
     }
 
 
 def write_model_card(sampler, has_images, run):
-    """Writes README.md and adt_config.json into the output folder, always anew."""
+    """Writes README.md and adt_config.json into the output folder, always anew.
+
+    Args:
+        sampler: with `set_timesteps` called, unless the call has sigmas of its own.
+    """
     args, family = run.args, run.family
     call = family.inference_options(args)
     if args.resolution != run.default_size:
         call |= {"height": args.resolution, "width": args.resolution}
-    facts = training_facts(sampler, call, run)
+    sampler_facts = {name: sampler.config[name] for name in family.sampler_facts if name in sampler.config}
+    inference = {"scheduler": type(sampler).__name__, **sampler_facts, **call}
+    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in inference.items())
+    # A few-step student's sigmas are what it is called with; the others are for comparison, not for a call.
+    facts = training_facts(sampler_schedule(sampler) | inference, run)
     Path(args.output_dir, "adt_config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
-    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["inference"].items())
     loading, imports = pipeline_loading(sampler, run)
     data = ModelCardData(
         library_name="diffusers",

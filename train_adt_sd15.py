@@ -64,14 +64,17 @@ from data_utils import (
     normalize_pixels,
 )
 from output_utils import (
+    Interruption,
     Validation,
     adt_or_plain,
     create_output,
     find_checkpoint,
+    finish_run,
+    identify_run,
     load_checkpoint,
     register_checkpoint_hooks,
+    sampler_schedule,
     save_checkpoint,
-    save_result,
     unet_adapters_to_kohya,
 )
 from training_utils import (
@@ -391,11 +394,12 @@ def train(generator, adversary, models, validation, run):
         progress.log(values | {"lr": generator.lr}, iteration, started)
         del batches
         done = iteration + 1
-        if done % args.checkpointing_steps == 0:
-            save_checkpoint(done, args, run.accelerator)
+        stopping = run.interruption.is_due(done)
+        if stopping or done % args.checkpointing_steps == 0:
+            save_checkpoint(done, run)
         if validation.is_due(done):
             validation.log(done)
-        if validation.drifted:
+        if stopping or validation.drifted:
             break
     progress.close()
 
@@ -536,28 +540,28 @@ def tune(sampler, noise_scheduler, run):
     register_checkpoint_hooks(generator, run)
     validation = Validation(generator, adversary, models, validation_conditions, run)
     load_checkpoint(run)
-    train(generator, adversary, models, validation, run)
-    run = validation.finish()
-    # The last that the processes do together: only the main one goes on, for as long as an upload takes.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_result(generator, models, validation.grids, run)
+    with run.interruption:
+        train(generator, adversary, models, validation, run)
+        finish_run(generator, models, validation, run)
 
 
 def main(args):
     accelerator = start_accelerator(args)
+    interruption = Interruption(args, accelerator)
     # Everything that can be checked before a model is loaded.
     sampler, noise_scheduler, default_size = check_models(args)
     dataset = load_image_caption_dataset(args)
     args = resolve_schedule(args, len(dataset), accelerator)
-    checkpoint, first_iteration = find_checkpoint(args, accelerator)
+    identity = identify_run(args, sampler_schedule(sampler), dataset, accelerator)
+    checkpoint, first_iteration = find_checkpoint(identity, args)
     check_used_images(dataset, first_iteration, args, accelerator)
     repo_id = create_output(args, accelerator)
     run = Run(
-        FAMILY, adt_or_plain(args), args, accelerator, dataset, checkpoint, first_iteration, default_size, repo_id
-    )
+        FAMILY, adt_or_plain(args), args, accelerator, dataset, identity, checkpoint, first_iteration, default_size,
+        repo_id, interruption,
+    )  # fmt: skip
     tune(sampler, noise_scheduler, run)
-    end_run(accelerator)
+    end_run(run)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class Nature(Enum):
 
     FREE = "may change when a run is resumed, since it does not change what an iteration computes, but by rounding"
     NO_EFFECT = "leaves the result as it is, and may change when a run is resumed"
+    BY_CONTENT = "is a place of data or of a model, which a resumed run recognises by their content"
     COUNTED = "is free, and a result's iterations and global batch size stand for it"
     PRIVATE = "says something about the user's machine, which a published file has no business with"
     SECRET = "is never written"
@@ -217,17 +218,20 @@ def add_arguments(parser, samplers):
 
 def add_model_arguments(parser):
     add = adder(parser.add_argument_group("model"))
-    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of the base pipeline.")
+    add("--pretrained_model_name_or_path", Nature.BY_CONTENT, required=True,
+        help="Hub id or folder of the base pipeline.")  # fmt: skip
     add("--revision", default=None, help="Revision of the base pipeline on the Hub.")
     add("--variant", default=None, help="Variant of the base pipeline's weights, such as fp16.")
-    add("--pretrained_vae_model_name_or_path", default=None, help="Another VAE than the base pipeline's.")
+    add("--pretrained_vae_model_name_or_path", Nature.BY_CONTENT, default=None,
+        help="Another VAE than the base pipeline's.")  # fmt: skip
 
 
 def add_data_arguments(parser):
     add = adder(parser.add_argument_group("data"))
-    add("--dataset_name", default=None, help="Hub id or folder of a dataset with images and captions.")
-    add("--dataset_config_name", default=None, help="Configuration of the dataset.")
-    add("--train_data_dir", Nature.PRIVATE, type=existing_folder, default=None,
+    add("--dataset_name", Nature.BY_CONTENT, default=None,
+        help="Hub id or folder of a dataset with images and captions.")  # fmt: skip
+    add("--dataset_config_name", Nature.BY_CONTENT, default=None, help="Configuration of the dataset.")
+    add("--train_data_dir", Nature.BY_CONTENT, Nature.PRIVATE, type=existing_folder, default=None,
         help="Folder of images with a metadata.jsonl, instead of --dataset_name.")  # fmt: skip
     add("--image_column", default="image", help="Column with the images.")
     add("--caption_column", default="text", help="Column with a caption or a list of captions.")
@@ -259,6 +263,8 @@ def add_training_arguments(parser):
     add("--max_train_steps", Nature.COUNTED, type=positive_int, default=None,
         help="Iterations; 20000 where nothing is said.")  # fmt: skip
     add("--num_train_epochs", Nature.COUNTED, type=positive_int, default=None, help="Instead of --max_train_steps.")
+    add("--max_train_time", Nature.NO_EFFECT, type=positive_float, default=None,
+        help="Hours after which the run stops with a checkpoint, as it does at SIGTERM.")  # fmt: skip
     add("--gradient_accumulation_steps", Nature.COUNTED, type=positive_int, default=1,
         help="Micro-batches an iteration.")  # fmt: skip
     add("--gradient_checkpointing", Nature.NO_EFFECT, action=BOOLEAN, default=False,
@@ -337,7 +343,8 @@ def add_adversarial_arguments(parser):
 
 def add_discriminator_arguments(parser):
     add = adder(parser.add_argument_group("discriminator"), Nature.ADVERSARIAL)
-    add("--discriminator_model_name_or_path", default="facebook/dinov2-small", help="A DINOv2 model, which is frozen.")
+    add("--discriminator_model_name_or_path", Nature.BY_CONTENT, default="facebook/dinov2-small",
+        help="A DINOv2 model, which is frozen.")  # fmt: skip
     add("--discriminator_layers", type=int, nargs="+", default=[-1, 2, 5, 8, 11],
         help="Its blocks that are used; -1 is the patch embedding. ViT-L: 5 10 14 19 23.")  # fmt: skip
     add("--discriminator_resolution", type=positive_int, default=518, help="Side of the images that it sees.")
@@ -364,7 +371,7 @@ def add_discriminator_arguments(parser):
 def add_output_arguments(parser):
     add = adder(parser.add_argument_group("checkpoints, validation and reports"), Nature.NO_EFFECT)
     add("--checkpointing_steps", type=positive_int, default=500, help="Iterations between checkpoints.")
-    add("--checkpoints_total_limit", type=positive_int, default=None, help="Keep this many, the newest.")
+    add("--checkpoints_total_limit", type=non_negative_int, default=3, help="Keep this many, the newest; 0 for all.")
     add("--resume_from_checkpoint", Nature.PRIVATE, default=None,
         help="A checkpoint's folder or name in --output_dir, or latest.")  # fmt: skip
     add("--validation_prompts", nargs="+", default=None, help="Prompts to sample during training.")
@@ -609,10 +616,12 @@ class Run:
     args: Options = field(repr=False)  # which may hold a token
     accelerator: Accelerator
     dataset: datasets.Dataset
+    identity: dict  # what its checkpoints say of it, see `output_utils.identify_run`
     checkpoint: Path | None  # to resume from
     first_iteration: int  # 0-based
     default_size: int  # the side of the images that the pipeline makes by default
     repo_id: str | None  # on the Hub
+    interruption: Any  # an `output_utils.Interruption`
 
     @property
     def global_batch_size(self) -> int:
@@ -742,15 +751,22 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def end_run(accelerator):
+STOPPED = 75  # the exit status of a run that can go on: EX_TEMPFAIL of sysexits.h, "try again later"
+
+
+def end_run(run):
     """Closes the trackers and destroys the process group, once nothing of the training refers to either.
+
+    Exits with the status `STOPPED` where the run has been interrupted.
 
     A data-parallel wrapper that outlived the group's end would be the one to destroy it, holding Python's lock, while
     a thread of gloo's may still want that lock to free a tensor: the process then never ends.
     """
-    accelerator.free_memory()
+    run.accelerator.free_memory()
     gc.collect()
-    accelerator.end_training()
+    run.accelerator.end_training()
+    if run.interruption.stopped_after is not None:
+        sys.exit(STOPPED)
 
 
 # Frozen and trained networks

@@ -39,7 +39,8 @@ Written by `python docs/write_options.py` from what the parsers say; `--help` pr
 - The last column says whether an option may change when a run is resumed; what counts is the value as filled in. A
   *no* with a word in brackets holds there alone: elsewhere the option is ignored, and may change. *yes ¹* is bound by
   what it makes: the global batch (processes × `--train_batch_size` × `--gradient_accumulation_steps`) must stay, and
-  so must the number of iterations where the learning rate decays over them.
+  so must the number of iterations where the learning rate decays over them. What is *yes ²*
+  may lie elsewhere, but its content must stay: captions and images, a model folder's files, a model's name on the Hub.
 
 [Training](#training) · [Evaluation](#evaluation)
 
@@ -103,7 +104,9 @@ def on_resume(script) -> dict:
     always = compared(script, [])
     for option, own in natures.items():
         conditions = [where for where, names in acting.items() if option in names]
-        if conditions:
+        if Nature.BY_CONTENT in own:
+            found[option] = "yes ²"
+        elif conditions:
             found[option] = f"no ({', '.join(conditions)})"
         elif option in always:
             found[option] = "no"

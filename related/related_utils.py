@@ -13,7 +13,7 @@
 # limitations under the License.
 """What the related systems share: the family scripts as parts, and a denoiser's prediction as other quantities.
 
-- options, and a run from end to end: `FAMILIES`, `make_parser`, `parse_family`, `start_run`, `finish_run`;
+- options, and a run's start: `FAMILIES`, `make_parser`, `parse_family`, `start_run`;
 - `tagged_family`, `make_lcm_scheduler`;
 - a prediction as other quantities: `noise_levels`, `predicted_original`, `predicted_noise`, the path `one_step`;
 - the base network beside the tuned one: `Teacher`;
@@ -37,7 +37,7 @@ import train_adt_sd15
 import train_adt_sdxl
 from adt_utils import SimulatedInference, TrainStep
 from data_utils import check_used_images, list_captions, load_image_caption_dataset
-from output_utils import create_output, find_checkpoint, save_result
+from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
 from training_utils import (
     Nature,
     Run,
@@ -93,39 +93,37 @@ def make_parser(name, description, without=(), families=FAMILIES, **defaults) ->
     return parser
 
 
-def start_run(module, make_family, make_method, args, check=lambda noise_scheduler, args: None):
+def start_run(module, make_family, make_method, args, check=lambda noise_scheduler, args: None, timesteps=None):
     """Checks everything that can be checked before a model is loaded, and starts accelerate.
 
     Args:
         module: the family's script.
         make_family, make_method: (args) to the run's `Family` and `Method`.
         check: (training schedule's scheduler, args), refuses what the method's own options name or cannot do.
+        timesteps: (training schedule's scheduler, module, args) to those that the method trains at, a tensor, where
+            they are not the timesteps of the family's sampler.
 
     Returns:
         the run, the sampler and the scheduler of the training schedule, as the family's `check_models` makes them.
     """
     accelerator = start_accelerator(args)
+    interruption = Interruption(args, accelerator)
     sampler, noise_scheduler, default_size = module.check_models(args)
     check(noise_scheduler, args)
     dataset = load_image_caption_dataset(args)
     args = resolve_schedule(args, len(dataset), accelerator)
-    checkpoint, first_iteration = find_checkpoint(args, accelerator)
+    schedule = sampler_schedule(sampler)
+    if timesteps is not None:
+        schedule = {"timesteps": timesteps(noise_scheduler, module, args).tolist()}
+    identity = identify_run(args, schedule, dataset, accelerator)
+    checkpoint, first_iteration = find_checkpoint(identity, args)
     check_used_images(dataset, first_iteration, args, accelerator)
     repo_id = create_output(args, accelerator)
     run = Run(
-        make_family(args), make_method(args), args, accelerator, dataset, checkpoint, first_iteration, default_size,
-        repo_id,
+        make_family(args), make_method(args), args, accelerator, dataset, identity, checkpoint, first_iteration,
+        default_size, repo_id, interruption,
     )  # fmt: skip
     return run, sampler, noise_scheduler
-
-
-def finish_run(generator, models, validation, run):
-    """The last validation, and the saved result."""
-    run = validation.finish()
-    # The last that the processes do together: only the main one goes on, for as long as an upload takes.
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        save_result(generator, models, validation.grids, run)
 
 
 def tagged_family(module, tag, **changes):

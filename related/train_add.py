@@ -41,11 +41,10 @@ from torch import nn
 from adt_utils import discriminator_head, update_spectral_norm
 from adversary_utils import check_feature_network, global_partners, make_feature_network, norm_group, of_partners
 from data_utils import draw_per_image, load_micro_batches
-from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
+from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
     Teacher,
-    finish_run,
     load_prompt_encoder,
     make_lcm_scheduler,
     make_parser,
@@ -121,7 +120,8 @@ def parse_args(input_args=None):
     add("--num_inference_steps", Nature.FREE, type=positive_int, default=STUDENT_STEPS,
         help="Of validation and of the saved call, 1 to 4; it trains for all of them.")  # fmt: skip
     add = adder(parser.add_argument_group("discriminator"))
-    add("--discriminator_model_name_or_path", default="facebook/dinov2-small", help="A DINOv2 model, which is frozen.")
+    add("--discriminator_model_name_or_path", Nature.BY_CONTENT, default="facebook/dinov2-small",
+        help="A DINOv2 model, which is frozen.")  # fmt: skip
     add("--discriminator_layers", type=int, nargs="+", default=[-1, 2, 5, 8, 11],
         help="Its blocks that are used; -1 is the patch embedding.")  # fmt: skip
     add("--discriminator_resolution", type=positive_int, default=518, help="Side of the images that it sees.")
@@ -174,6 +174,11 @@ def make_student_sampler(noise_scheduler, num_steps, module, device=None):
     sampler = make_lcm_scheduler(noise_scheduler, STUDENT_STEPS, module)
     sampler.set_timesteps(num_steps, device=device)
     return sampler
+
+
+def student_grid(noise_scheduler, module, args):
+    """The timesteps (4,) that the student trains at."""
+    return make_student_sampler(noise_scheduler, STUDENT_STEPS, module).timesteps
 
 
 def make_family(args):
@@ -392,10 +397,13 @@ def train(system, validation):
         progress.log(values | {"lr": student.lr}, iteration, started)
         del batches
         done = iteration + 1
-        if done % args.checkpointing_steps == 0:
-            save_checkpoint(done, args, run.accelerator)
+        stopping = run.interruption.is_due(done)
+        if stopping or done % args.checkpointing_steps == 0:
+            save_checkpoint(done, run)
         if validation.is_due(done):
             validation.log(done)
+        if stopping:
+            break
     progress.close()
 
 
@@ -583,10 +591,11 @@ def tune(noise_scheduler, module, run):
     register_checkpoint_hooks(student, run)
     validation = Validation(student, None, models, validation_conditions, run)
     load_checkpoint(run)
-    grid = make_student_sampler(noise_scheduler, STUDENT_STEPS, module, accelerator.device).timesteps
+    grid = student_grid(noise_scheduler, module, args).to(accelerator.device)
     system = Distillation(student, discriminator, teacher, feature_network, negative, models, grid, module, run)
-    train(system, validation)
-    finish_run(student, models, validation, run)
+    with run.interruption:
+        train(system, validation)
+        finish_run(student, models, validation, run)
 
 
 def check_method(noise_scheduler, args):
@@ -597,9 +606,9 @@ def check_method(noise_scheduler, args):
 
 def main(args):
     module = FAMILIES[args.family]
-    run, _, noise_scheduler = start_run(module, make_family, make_method, args, check_method)
+    run, _, noise_scheduler = start_run(module, make_family, make_method, args, check_method, student_grid)
     tune(noise_scheduler, module, run)
-    end_run(run.accelerator)
+    end_run(run)
 
 
 if __name__ == "__main__":

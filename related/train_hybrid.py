@@ -42,10 +42,9 @@ from transformers import AutoConfig, ResNetModel
 
 from adt_utils import FeatureNetwork
 from data_utils import load_micro_batches, make_generator
-from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
+from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
-    finish_run,
     load_prompt_encoder,
     make_parser,
     parse_family,
@@ -58,6 +57,7 @@ from training_utils import (
     ADTError,
     FrozenModels,
     Method,
+    Nature,
     Progress,
     Totals,
     adder,
@@ -103,7 +103,8 @@ def parse_args(input_args=None):
         help="Shell patterns of names of parameters that do not train, such as mid_block.*; those of the deepest "
         "blocks where nothing is said, none with nothing behind the flag.")  # fmt: skip
     add = adder(parser.add_argument_group("discriminator"))
-    add("--discriminator_model_name_or_path", default="microsoft/resnet-18", help="A ResNet, which is frozen.")
+    add("--discriminator_model_name_or_path", Nature.BY_CONTENT, default="microsoft/resnet-18",
+        help="A ResNet, which is frozen.")  # fmt: skip
     add("--discriminator_resolution", type=positive_int, default=224, help="Side of the images that it sees.")
     add("--discriminator_learning_rate", type=positive_float, default=4e-5, help="The discriminator's.")
     add("--discriminator_lr_warmup_steps", type=non_negative_int, default=0, help="In discriminator updates.")
@@ -317,10 +318,13 @@ def train(generator, adversary, models, validation, module, run):
         progress.log(values | {"curriculum_limit": limit, "lr": generator.lr}, iteration, started)
         del batches
         done = iteration + 1
-        if done % args.checkpointing_steps == 0:
-            save_checkpoint(done, args, run.accelerator)
+        stopping = run.interruption.is_due(done)
+        if stopping or done % args.checkpointing_steps == 0:
+            save_checkpoint(done, run)
         if validation.is_due(done):
             validation.log(done)
+        if stopping:
+            break
     progress.close()
 
 
@@ -446,8 +450,9 @@ def tune(sampler, noise_scheduler, module, run):
     register_checkpoint_hooks(generator, run)
     validation = Validation(generator, None, models, validation_conditions, run)
     load_checkpoint(run)
-    train(generator, adversary, models, validation, module, run)
-    finish_run(generator, models, validation, run)
+    with run.interruption:
+        train(generator, adversary, models, validation, module, run)
+        finish_run(generator, models, validation, run)
 
 
 def main(args):
@@ -456,7 +461,7 @@ def main(args):
     if run.num_generator_updates == 0:
         logger.warning("The generator is never updated: --max_train_steps is at most --generator_start_step.")
     tune(sampler, noise_scheduler, module, run)
-    end_run(run.accelerator)
+    end_run(run)
 
 
 if __name__ == "__main__":

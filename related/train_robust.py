@@ -37,11 +37,10 @@ from dataclasses import replace
 import torch
 
 from data_utils import draw_per_image, load_micro_batches, make_generator
-from output_utils import Validation, load_checkpoint, register_checkpoint_hooks, save_checkpoint
+from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
     Perturbation,
-    finish_run,
     keep_first_layer_in_float32,
     load_prompt_encoder,
     make_parser,
@@ -150,10 +149,13 @@ def train(generator, models, validation, module, run):
 
         progress.log(values | {"lr": generator.lr}, iteration, started)
         done = iteration + 1
-        if done % args.checkpointing_steps == 0:
-            save_checkpoint(done, args, run.accelerator)
+        stopping = run.interruption.is_due(done)
+        if stopping or done % args.checkpointing_steps == 0:
+            save_checkpoint(done, run)
         if validation.is_due(done):
             validation.log(done)
+        if stopping:
+            break
     progress.close()
 
 
@@ -234,15 +236,16 @@ def tune(sampler, noise_scheduler, module, run):
     register_checkpoint_hooks(generator, run)
     validation = Validation(generator, None, models, validation_conditions, run)
     load_checkpoint(run)
-    train(generator, models, validation, module, run)
-    finish_run(generator, models, validation, run)
+    with run.interruption:
+        train(generator, models, validation, module, run)
+        finish_run(generator, models, validation, run)
 
 
 def main(args):
     module = FAMILIES[args.family]
     run, sampler, noise_scheduler = start_run(module, make_family, make_method, args)
     tune(sampler, noise_scheduler, module, run)
-    end_run(run.accelerator)
+    end_run(run)
 
 
 if __name__ == "__main__":

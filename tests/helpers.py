@@ -1,5 +1,6 @@
 """Starting a run on two processes, reading what a run wrote, and comparing it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,9 +9,12 @@ import types
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training_utils import STOPPED, Trained
 
 
 NO_ACCELERATOR = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
@@ -23,12 +27,41 @@ def read_result(directory, network):
     return load_file(adapters) if adapters.exists() else read_network(directory, network)
 
 
-def run_two_processes(script, *arguments):
-    """Runs `script` under torchrun; one that hangs or fails ends with what it printed, and where it hung."""
+@contextlib.contextmanager
+def handled(number, handler=signal.SIG_DFL):
+    """A context with another handler of a signal. (One that is ignored stays so, and a shell's `&` ignores SIGINT.)"""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def run_until_signal(run, iteration, *options, number=signal.SIGTERM, **more):
+    """A run whose process gets a signal in the 0-based `iteration`; it must stop then, and says so by its status."""
+    step = Trained.step
+
+    def signalled_step(trained, at):
+        if at == iteration:
+            signal.raise_signal(number)
+        return step(trained, at)
+
+    with pytest.MonkeyPatch.context() as patch, handled(number):
+        patch.setattr(Trained, "step", signalled_step)
+        with pytest.raises(SystemExit) as stop:
+            run(*options, **more)
+    assert stop.value.code == STOPPED
+
+
+def run_two_processes(script, *arguments, status=0, **environment):
+    """Runs `script` under torchrun; one that hangs or fails ends with what it printed, and where it hung.
+
+    Returns what it printed.
+    """
     process = subprocess.Popen(
         [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script),
          *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -38,7 +71,8 @@ def run_two_processes(script, *arguments):
             child.send_signal(signal.SIGABRT)  # which has Python print the stack of every thread
         printed, _ = process.communicate()
         raise AssertionError(f"{script} hung:\n{printed}") from None
-    assert process.returncode == 0, printed
+    assert process.returncode == status, printed
+    return printed
 
 
 def read_scalars(output_dir, logging_dir="logs"):

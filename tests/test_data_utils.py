@@ -24,6 +24,7 @@ from data_utils import (
     ImageCaptionDataset,
     check_used_images,
     count_empty_captions,
+    identify_data,
     load_image_caption_dataset,
     make_dataloader,
     make_generator,
@@ -58,6 +59,27 @@ def test_generators_differ_in_every_part_of_their_key():
 
 
 # The data set
+
+
+def test_data_are_recognised_by_their_content(tmp_path, dataset_path):
+    """In a folder or embedded in a table, and without reading the images."""
+    args = types.SimpleNamespace(image_column="image", caption_column="text")
+    folder = datasets.load_dataset("imagefolder", data_dir=dataset_path, split="train")
+    folder = folder.cast_column("image", datasets.Image(decode=False))
+    shutil.copytree(dataset_path, tmp_path / "elsewhere")
+    moved = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "elsewhere"), split="train")
+    moved = moved.cast_column("image", datasets.Image(decode=False))
+    found = identify_data(folder, args)
+    assert found["images"] == 8 and identify_data(moved, args) == found
+    folder.save_to_disk(tmp_path / "embedded")
+    embedded = datasets.load_from_disk(tmp_path / "embedded")
+    assert embedded[0]["image"]["bytes"] is not None
+    # Such a table keeps the files' names; what it has of them is as long as they are.
+    assert identify_data(embedded, args) == found
+    assert identify_data(moved.select([1, 0, *range(2, 8)]).flatten_indices(), args)["files"] != found["files"]
+    captions = [row["text"] for row in folder]
+    other = folder.remove_columns("text").add_column("text", [[caption] for caption in captions])
+    assert identify_data(other, args)["captions"] != found["captions"]
 
 
 def test_dataset_name_and_columns(run, tmp_path, dataset_path):

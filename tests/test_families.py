@@ -25,6 +25,7 @@ from helpers import (
     read_scalars,
     relative,
     run_two_processes,
+    run_until_signal,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -35,7 +36,7 @@ from adversary_utils import Adversary
 from benchmarks import memory
 from data_utils import CAPTIONS_PER_FILE
 from output_utils import list_checkpoints
-from training_utils import ADTError, Trained, trainable_parameters
+from training_utils import STOPPED, ADTError, Trained, trainable_parameters
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +106,7 @@ def test_writes_a_pipeline_that_loads(run, base_path, base_pipeline, network):
         if file.parent.name != network:
             assert equal(load_file(file), load_file(output / file.relative_to(base_path))), file
 
-    grids = sorted(path.name for path in (output / "validation").iterdir())
+    grids = sorted(path.name for path in (output / "validation").glob("*.png"))
     assert grids == ["iteration-000002-prompt-0.png", "iteration-000004-prompt-0.png"]
     assert Image.open(output / "validation" / grids[0]).size == (32, 32)
 
@@ -304,10 +305,17 @@ def test_generator_update_saves_no_more_for_more_steps(run, train, monkeypatch, 
     ],
     ids=["ema", "auto", "lora"],
 )
-def test_resumed_run_equals_uninterrupted_run(run, network, more):
-    more = (*more, "--generator_update_interval", 1, "--checkpointing_steps", 2)
-    full = run(*more, "--max_train_steps", 4, output_dir="full")
-    half = run(*more, "--max_train_steps", 2, output_dir="half")
+def test_resumed_run_equals_uninterrupted_run(run, network, tmp_path, more):
+    """Whether it ended in between or was stopped by SIGTERM."""
+    common = (*more, "--generator_update_interval", 1)
+    more = (*common, "--checkpointing_steps", 2)
+    full, half = run(*more, "--max_train_steps", 4, output_dir="full"), tmp_path / "half"
+    if "auto" in more:
+        run(*more, "--max_train_steps", 2, output_dir="half")
+    else:
+        run_until_signal(run, 1, *common, "--max_train_steps", 4, "--checkpointing_steps", 3, output_dir="half")
+        assert [path.name for path in list_checkpoints(half)] == ["checkpoint-2"]
+        assert not (half / "adt_config.json").exists()  # no result
     moved = checkpoint_state(half / "checkpoint-2")
     resumed = run(*more, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", output_dir="half")
     assert equal(checkpoint_state(full / "checkpoint-4"), checkpoint_state(resumed / "checkpoint-4"))
@@ -324,22 +332,28 @@ def test_resumed_run_equals_uninterrupted_run(run, network, more):
     assert any("twin_heads" in name for name in moved["discriminator.safetensors"])
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(run, train, network, options, tmp_path):
-    arguments = options("--max_train_steps", 40, "--checkpointing_steps", 2, output_dir="killed")
+def test_killed_run_goes_on_from_its_last_checkpoint(run, family, train, network, options, tmp_path):
+    """SD1.5's gets SIGTERM, as do the processes that load its images; the others are killed outright."""
+    arguments = options("--max_train_steps", 400, "--checkpointing_steps", 2, output_dir="killed")
     process = subprocess.Popen(
-        [sys.executable, train.__file__, *arguments],
+        [sys.executable, train.__file__, *arguments, "--dataloader_num_workers", "1"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     killed = tmp_path / "killed"
     deadline = time.time() + 120
     while not (killed / "checkpoint-2").exists():
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, signal.SIGTERM if family.name == "sd15" else signal.SIGKILL)
+    _, printed = process.communicate()
     (checkpoint,) = list_checkpoints(killed)[-1:]
     last = int(checkpoint.name.split("-")[1])
+    if family.name == "sd15":
+        assert process.returncode == STOPPED, printed
+        assert f"Stopped after {last} of 400 iterations, with {checkpoint}: the same command with" in printed
     steps = ("--max_train_steps", last + 2, "--checkpointing_steps", last + 2)
     run(*steps, "--resume_from_checkpoint", "latest", output_dir="killed")
     straight = run(*steps, output_dir="straight")
@@ -402,6 +416,7 @@ def test_processes_and_micro_batches_give_the_same_run(family, train, network, o
 def test_two_processes_checkpoint_resume_and_validate(family, train, options, tmp_path):
     """Run 4 equals run 2 and resume for 2 on two processes, with fewer validation prompts than processes.
 
+    What stops it after 2 is, but in one family, a signal to one of the processes.
     Families with a cache of embeddings train adapters from one, of which each process writes a file.
     """
     cached = ()
@@ -413,22 +428,30 @@ def test_two_processes_checkpoint_resume_and_validate(family, train, options, tm
         (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         cached = ("--cache_text_embeddings", tmp_path / "cache", "--train_data_dir", data, *LORA)
 
-    def run(output_dir, steps, *more):
-        arguments = options(
+    def arguments(output_dir, steps, *more):
+        return options(
             "--max_train_steps", steps, "--checkpointing_steps", 2, "--validation_prompts", "a red disc",
             "--num_validation_images", 1, "--gradient_checkpointing", "--use_ema", *cached, *more,
             output_dir=output_dir,
         )  # fmt: skip
-        run_two_processes(train.__file__, *arguments)
-        return tmp_path / output_dir
 
-    full = run("full", 4)
-    run("half", 2)
-    half = run("half", 4, "--resume_from_checkpoint", "latest")
+    full, half = tmp_path / "full", tmp_path / "half"
+    run_two_processes(train.__file__, *arguments("full", 4))
+    if family.name == "sd3":
+        run_two_processes(train.__file__, *arguments("half", 2))
+    else:
+        stopped = arguments("half", 4, "--checkpointing_steps", 3)
+        printed = run_two_processes(
+            two_processes.__file__, train.__name__, tmp_path / "record", *stopped,
+            status=1, SIGNALLED_RANK="1", SIGNALLED_ITERATION="1",
+        )  # fmt: skip
+        assert "Stopped after 2 of 4 iterations" in printed
+        assert [path.name for path in list_checkpoints(half)] == ["checkpoint-2"]
+    run_two_processes(train.__file__, *arguments("half", 4, "--resume_from_checkpoint", "latest"))
     assert not cached or len(list((tmp_path / "cache").iterdir())) == 2
     assert equal(checkpoint_state(full / "checkpoint-4"), checkpoint_state(half / "checkpoint-4"))
     assert read_scalars(full) == read_scalars(half)
-    assert len(list((half / "validation").iterdir())) == 2
+    assert len(list((half / "validation").glob("*.png"))) == (2 if family.name == "sd3" else 1)
     assert json.loads((half / "adt_config.json").read_text())["num_processes"] == 2
 
 

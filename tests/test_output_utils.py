@@ -1,19 +1,31 @@
 """Checkpoints and resuming, the result and its card, trackers and the Hub, in runs of the SD1.5 script."""
 
+import json
+import os
+import resource
+import shutil
+import signal
 import types
 from pathlib import Path
 
 import pytest
 import tiny
-import torch
 from conftest import FAMILIES
-from helpers import equal, read_network, read_scalars
+from helpers import equal, handled, read_network, read_scalars
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 import output_utils
-from output_utils import ADAPTERS, KOHYA_ADAPTERS, list_checkpoints
-from training_utils import ADTError
+import train_adt_sd15 as train
+from output_utils import (
+    ADAPTERS,
+    KOHYA_ADAPTERS,
+    Interruption,
+    Validation,
+    identify_model,
+    list_checkpoints,
+)
+from training_utils import STOPPED, ADTError
 
 
 @pytest.fixture
@@ -45,6 +57,10 @@ def test_checkpoints_total_limit_keeps_the_newest(run):
     )  # fmt: skip
     names = {path.name for path in output.iterdir() if "checkpoint" in path.name}
     assert names == {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
+    output = run("--checkpointing_steps", 1, output_dir="three")
+    assert [path.name for path in list_checkpoints(output)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    output = run("--checkpointing_steps", 1, "--checkpoints_total_limit", 0, output_dir="all")
+    assert len(list_checkpoints(output)) == 4
 
 
 def test_checkpoints_total_limit_never_deletes_the_one_just_written(run):
@@ -100,18 +116,235 @@ def test_a_folder_that_is_no_checkpoint(run, tmp_path):
         run("--resume_from_checkpoint", tmp_path)
 
 
-def test_half_written_checkpoint_is_not_seen(run, tmp_path, monkeypatch):
-    def fail(self, *args, **kwargs):
-        raise OSError("disk full")
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Has a function of a module write under a limit of so many bytes a file, as on a disk that is full after them."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", fail)
-        with pytest.raises(OSError):
-            run("--checkpointing_steps", 2)
-    assert list_checkpoints(tmp_path / "out") == []
-    run("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
-    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
-    assert not list((tmp_path / "out").glob(".checkpoint*"))
+    def limit(module, name, size, condition=lambda *args: True):
+        original = getattr(module, name)
+
+        def limited(*args):
+            if not condition(*args):
+                return original(*args)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            try:
+                return original(*args)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        monkeypatch.setattr(module, name, limited)
+
+    return limit
+
+
+# The network fits in the second, its optimizer's states do not.
+@pytest.mark.parametrize(("size", "what"), [(100_000, "I/O error"), (4_000_000, "inline_container")])
+def test_full_disk_during_a_checkpoint(run, tmp_path, full_disk, size, what):
+    output, more = tmp_path / "out", ("--checkpointing_steps", 2, "--report_to", "none")
+    full_disk(train, "save_checkpoint", size, lambda iteration, run: iteration == 4)
+    with pytest.raises(ADTError, match="checkpoint-4 could not be written, with .* GB free") as error:
+        run(*more)
+    assert what in str(error.value) and "checkpoint-2 is whole: --resume_from_checkpoint latest" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in output.iterdir() if "checkpoint" in path.name] == ["checkpoint-2"]
+    run(*more, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+def test_full_disk_at_the_end(run, full_disk):
+    full_disk(output_utils, "save_result", 100_000)
+    with pytest.raises(ADTError, match="is not whole: it could not be written, .* checkpoint-4 is whole"):
+        run("--checkpointing_steps", 4, "--report_to", "none")
+
+
+@pytest.mark.parametrize("more", [("--use_ema",), ("--use_lora",)], ids=["ema", "lora"])
+def test_what_checkpoints_will_take(run, monkeypatch, more):
+    counted = []
+    original = output_utils.checkpoint_bytes
+    monkeypatch.setattr(output_utils, "checkpoint_bytes", lambda *args: counted.append(original(*args)) or counted[-1])
+    output = run(*more, "--checkpointing_steps", 4)
+    written = sum(file.stat().st_size for file in (output / "checkpoint-4").rglob("*.*"))
+    assert counted[0] == pytest.approx(written, rel=0.1)
+
+
+def test_disk_that_is_too_small(run, monkeypatch, tmp_path, caplog):
+    """Three are kept and a fourth is written before the first goes."""
+    monkeypatch.setattr(output_utils, "checkpoint_bytes", lambda *args: 30e9)
+    monkeypatch.setattr(output_utils, "free_gb", lambda directory: 100.0)
+    drawn = []
+    monkeypatch.setattr(Validation, "draw", lambda self: drawn.append(1))
+    more = ("--checkpointing_steps", 1, "--max_train_steps", 6)
+    sentence = r"take 30 GB each, 120 GB more at once, and 100 GB are free in .*/out: choose another --output_dir or"
+    with pytest.raises(ADTError, match=sentence):
+        run(*more, "--validation_prompts", "a red disc")
+    assert not drawn and list_checkpoints(tmp_path / "out") == []
+    run(*more, "--checkpoints_total_limit", 2)
+    run("--checkpointing_steps", 2)  # two in all, beside the two that are there
+    run(*more, "--checkpoints_total_limit", 0, output_dir="all")
+    assert "180 GB more at once, and 100 GB are free" in caplog.text and "not all of them fit" in caplog.text
+    monkeypatch.setattr(output_utils, "free_gb", lambda directory: 20.0)
+    with pytest.raises(ADTError, match="20 GB are free"):
+        run(*more, "--checkpoints_total_limit", 0, output_dir="none")
+
+
+# What a run is recognised by
+
+
+def test_data_and_models_may_move(run, request, tmp_path, sd15_path, dataset_path, monkeypatch):
+    for path, name in ((sd15_path, "base"), (dataset_path, "data")):
+        shutil.copytree(path, tmp_path / name)
+    moved = ("--pretrained_model_name_or_path", tmp_path / "base", "--train_data_dir", tmp_path / "data")
+    resume = ("--checkpointing_steps", 2, "--resume_from_checkpoint", "latest")
+    run(*resume, "--max_train_steps", 2)
+    output = run(*resume, *moved)
+    assert equal(read_network(output), read_network(run(output_dir="straight")))
+
+    request.getfixturevalue("no_weights")  # from here on
+    weights = tmp_path / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    metadata = (tmp_path / "data" / "metadata.jsonl").read_text()
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4096] + bytes(4096))  # others of the same size
+    with pytest.raises(ADTError, match="another configuration: pretrained_model_name_or_path a folder with the conte"):
+        run(*resume, *moved)
+    weights.write_bytes(content)
+    (tmp_path / "data" / "metadata.jsonl").write_text(metadata.replace("a red", "one red"))
+    with pytest.raises(ADTError, match="checkpoint-4 was made with other data: other captions"):
+        run(*resume, *moved)
+    (tmp_path / "data" / "metadata.jsonl").write_text(metadata)
+    shutil.copy(tmp_path / "data" / "001.png", tmp_path / "data" / "000.png")
+    with pytest.raises(ADTError, match="other data: image files of other names or sizes"):
+        run(*resume, *moved)
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(metadata.splitlines()[1:]))
+    with pytest.raises(ADTError, match=r"other data: 8 images \(now 7\)"):
+        run(*resume, *moved)
+
+
+def test_a_model_is_its_files(tmp_path, sd15_path, dinov2_path):
+    assert identify_model("facebook/dinov2-small") == "facebook/dinov2-small"
+    for path in (sd15_path, dinov2_path):
+        shutil.copytree(path, tmp_path / Path(path).name)
+        assert identify_model(path) == identify_model(str(tmp_path / Path(path).name))
+    assert identify_model(sd15_path) != identify_model(dinov2_path)
+    base = tmp_path / Path(sd15_path).name
+    (base / "checkpoint-2").mkdir()  # of a run whose result it is
+    (base / "README.md").write_text("a card")
+    assert identify_model(sd15_path) == identify_model(str(base))
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("0.012", "0.013"))
+    assert identify_model(sd15_path) != identify_model(str(base))
+
+
+def test_other_noise_levels_are_refused(run, request):
+    """As another version of diffusers may make them of the same options."""
+    output = run("--checkpointing_steps", 4)
+    request.getfixturevalue("no_weights")  # from here on
+    file = output / "checkpoint-4" / "adt_checkpoint.json"
+    manifest = json.loads(file.read_text())
+    assert manifest["schedule"] == {"timesteps": [751, 501, 251, 1]}
+    file.write_text(json.dumps(manifest | {"schedule": {"timesteps": [999, 501, 251, 1]}}))
+    with pytest.raises(ADTError, match=r"timesteps began with 999, 501, 251 \(now 751, 501, 251\)"):
+        run("--resume_from_checkpoint", "latest")
+    del manifest["data"]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ADTError, match="checkpoint-4 is an older version's"):
+        run("--resume_from_checkpoint", "latest")
+
+
+# Stopping before the end
+
+
+def options_of_time(hours=None):
+    return types.SimpleNamespace(max_train_time=hours)
+
+
+ALONE = types.SimpleNamespace(num_processes=1, is_local_main_process=True)
+
+
+@pytest.mark.parametrize("number", Interruption.SIGNALS)
+def test_signal_stops_the_run(number, capfd):
+    with handled(number):
+        interruption = Interruption(options_of_time(), ALONE)
+        with interruption:
+            assert not interruption.is_due(1) and interruption.stopped_after is None
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # a launcher's, of the same
+            assert interruption.is_due(2) and interruption.stopped_after == 2
+        assert signal.getsignal(number) == signal.SIG_DFL
+    assert capfd.readouterr().err.count("A second signal stops at once") == 1
+
+
+@pytest.mark.parametrize("number", Interruption.SIGNALS)
+def test_second_signal_stops_at_once(number):
+    child = os.fork()
+    if child == 0:
+        interruption = Interruption(options_of_time(), ALONE)
+        with handled(number), interruption:
+            signal.raise_signal(number)
+            interruption.received -= interruption.ONE_SIGNAL
+            signal.raise_signal(number)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+
+
+def test_an_ignored_signal_stays_so():
+    with handled(signal.SIGINT, signal.SIG_IGN), Interruption(options_of_time(), ALONE) as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert not interruption.is_due(1)
+
+
+def test_max_train_time(run, tmp_path):
+    interruption = Interruption(options_of_time(0.5), ALONE)
+    assert not interruption.is_due(1)
+    interruption.started -= 1799
+    assert not interruption.is_due(2)
+    interruption.started -= 2
+    assert interruption.is_due(3)
+    with pytest.raises(SystemExit) as stop:
+        run("--max_train_time", 1e-9)
+    assert stop.value.code == STOPPED
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    output = run("--resume_from_checkpoint", "latest")
+    assert equal(read_network(output), read_network(run(output_dir="straight")))
+
+
+def test_stop_in_the_last_iteration(run, tmp_path):
+    """There is a checkpoint and no result, which resuming makes."""
+    with pytest.raises(SystemExit):
+        run("--max_train_time", 1e-9, "--max_train_steps", 1)
+    assert not (tmp_path / "out" / "model_index.json").exists()
+    assert (run("--max_train_steps", 1, "--resume_from_checkpoint", "latest") / "model_index.json").exists()
+
+
+# Validation
+
+
+def test_base_images_are_kept(run, monkeypatch):
+    draws = []
+    draw = Validation.draw
+    monkeypatch.setattr(Validation, "draw", lambda self: draws.append(1) or draw(self))
+
+    def count(*more, **where):
+        draws.clear()
+        output = run(
+            "--num_validation_images", 1, "--validation_steps", 2, "--checkpointing_steps", 2,
+            "--validation_prompts", *more, **where,
+        )  # fmt: skip
+        return output, len(draws)
+
+    prompts, resume = ("a red disc", "a blue square"), ("--resume_from_checkpoint", "latest")
+    full, drawn = count(*prompts, output_dir="full")
+    assert drawn == 3  # the base's, after 2 and at the end
+    count(*prompts, "--max_train_steps", 2)
+    output, drawn = count(*prompts, *resume)
+    assert drawn == 1
+    assert read_scalars(full) == read_scalars(output)  # the share of the likeness that is kept among them
+    for n in range(2):
+        name = f"iteration-000004-prompt-{n}.png"
+        assert (full / "validation" / name).read_bytes() == (output / "validation" / name).read_bytes()
+    assert count("a red disc", "a blue disc", *resume)[1] == 2  # of other prompts
+    (output / "validation" / "base" / "prompt-1-0.png").unlink()
+    assert count("a red disc", "a blue disc", *resume)[1] == 2
+    assert count("a red disc", "a blue disc", *resume)[1] == 1
 
 
 # The result, its card, trackers and the Hub
@@ -137,6 +370,13 @@ def test_card_says_what_was_done(run):
     assert "siamese discriminator" in card() and "projected discriminator" in card("--discriminator_type", "projected")
     plain = card("--adversarial_loss_weight", 0)
     assert "by plain fine-tuning" in plain and "training has not sampled" in plain and "DINOv2" not in plain
+
+
+def test_facts_have_the_samplers_timesteps(run):
+    output = run()
+    facts = json.loads((output / "adt_config.json").read_text())["inference"]
+    assert facts["timesteps"] == [751, 501, 251, 1] and "sigmas" not in facts
+    assert "751" not in (output / "README.md").read_text()
 
 
 def test_card_is_written_anew(run, tmp_path):

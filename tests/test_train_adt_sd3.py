@@ -101,7 +101,7 @@ def test_rollout_under_every_shift_is_the_pipelines(options, tmp_path, sampler, 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmsolver++"])
 @pytest.mark.parametrize("shifting", ["static", "dynamic"])
-def test_result_can_be_tuned_again(run, tmp_path, sampler, shifting):
+def test_result_can_be_tuned_again(run, options, tmp_path, sampler, shifting):
     """As the advice is: first plainly, then by ADT from that result, with either sampler."""
     path = tiny.make_sd3(tmp_path / "base", scheduler_overrides=SHIFTS[shifting][0])
     first = run("--pretrained_model_name_or_path", path, "--sampler", sampler, "--adversarial_loss_weight", 0)
@@ -110,6 +110,9 @@ def test_result_can_be_tuned_again(run, tmp_path, sampler, shifting):
     assert configs[0] == configs[1]
     facts = json.loads((second / "adt_config.json").read_text())["inference"]
     assert ("flow_shift" in facts) == (sampler == "dpmsolver++") and ("shift" in facts) == (sampler == "euler")
+    args = train.parse_args(options("--pretrained_model_name_or_path", first, "--sampler", sampler))
+    assert facts["sigmas"] == train.check_models(args)[0].sigmas.tolist() and facts["sigmas"][-1] == 0
+    assert "sigmas" not in (second / "README.md").read_text()
 
 
 def test_sd35_medium(run, tmp_path):

@@ -4,9 +4,12 @@
 
 RECORD_DIR/rank-N.pt holds, for each optimizer step, the synchronised gradient as one vector (before clipping), the
 start index of every rollout, the final weights of both networks, and gloo's threads before and after the run's end.
+With SIGNALLED_RANK and SIGNALLED_ITERATION in the environment, that process gets SIGTERM in that 0-based iteration.
 """
 
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +30,11 @@ def record(train, directory, options):
     step, simulate_inference = training_utils.Trained.step, getattr(train, "simulate_inference", None)
     end_training = training_utils.Accelerator.end_training
 
+    signalled = tuple(int(os.environ.get(name, -1)) for name in ("SIGNALLED_RANK", "SIGNALLED_ITERATION"))
+
     def recording_step(trained, iteration):
+        if (trained.run.accelerator.process_index, iteration) == signalled:
+            signal.raise_signal(signal.SIGTERM)
         parameters = [parameter for parameter in trained.wrapped.parameters() if parameter.grad is not None]
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
         stepped = step(trained, iteration)
