@@ -407,7 +407,7 @@ def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_pa
     saved = []
     run = loading("--gradient_accumulation_steps", 2, accelerator=TwoProcesses())
     monkeypatch.setattr(data_utils, "gather_object", lambda own: [*own, "The other's image."])
-    loader = data_utils.load_micro_batches(run, lambda iteration, args, accelerator: saved.append(iteration))
+    loader = data_utils.load_micro_batches(run, lambda iteration, run: saved.append(iteration))
     loaded = [next(loader)["positions"] for _ in range(4)]
     assert loaded == [[0, 1], [4, 5]] * 2 and run.accelerator.reduced == ["sum"] * 2
     with pytest.raises(ADTError, match="^The other's image. The run ends with checkpoint-2. Mend"):
