@@ -140,7 +140,7 @@ def describe_file(file) -> list:
     with file.open("rb") as opened:
         blocks = []
         for n in range(16):
-            opened.seek(size * n // 16)
+            opened.seek(max(0, size - 4096) * n // 15)
             blocks.append(opened.read(4096))
     return [name, size, blocks]
 
@@ -307,10 +307,11 @@ def check_disk(generator, run):
         needed_at_once = planned if limit == 0 else max(0, at_once - existing)
         each, free = checkpoint_bytes(generator, run) / 1e9, free_gb(args.output_dir)
         needed = each * needed_at_once
-        takes = f"Checkpoints take {each:.3g} GB each, {needed:.3g} GB more at once, and {free:.3g} GB are free in "
-        takes += f"{args.output_dir}"
+        takes = f"Checkpoints take {each:.3g} GB each, {needed:.3g} GB more at once"
+        takes += f", and {free:.3g} GB are free in {args.output_dir}"
         if needed > free and (limit > 0 or each > free):
-            sentence = f"{takes}: choose another --output_dir or a lower --checkpoints_total_limit than {limit}."
+            lower = f" or a lower --checkpoints_total_limit than {limit}" if limit > 1 else ""
+            sentence = f"{takes}: choose another --output_dir{lower}."
         elif needed > free:
             logger.warning(f"{takes}: not all of them fit.")
         else:

@@ -39,11 +39,11 @@ def handled(number, handler=signal.SIG_DFL):
 
 def run_until_signal(run, iteration, *options, number=signal.SIGTERM, **more):
     """A run whose process gets a signal in the 0-based `iteration`; it must stop then, and says so by its status."""
-    step = Trained.step
+    step, sent = Trained.step, []
 
     def signalled_step(trained, at):
-        if at == iteration:
-            signal.raise_signal(number)
+        if at == iteration and not sent:  # once, though more than one network steps
+            sent.append(signal.raise_signal(number))
         return step(trained, at)
 
     with pytest.MonkeyPatch.context() as patch, handled(number):

@@ -33,7 +33,7 @@ def record(train, directory, options):
     signalled = tuple(int(os.environ.get(name, -1)) for name in ("SIGNALLED_RANK", "SIGNALLED_ITERATION"))
 
     def recording_step(trained, iteration):
-        if (trained.run.accelerator.process_index, iteration) == signalled:
+        if (trained.run.accelerator.process_index, iteration) == signalled and trained.name == "generator":
             signal.raise_signal(signal.SIGTERM)
         parameters = [parameter for parameter in trained.wrapped.parameters() if parameter.grad is not None]
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
