@@ -39,13 +39,7 @@ from adt_utils import (
     mismatched_partners,
 )
 from data_utils import GlobalBatchSampler, ImageCaptionDataset, normalize_pixels
-from training_utils import (
-    ADTError,
-    make_lr_scheduler,
-    make_optimizer,
-    prepare_trained,
-    vae_factor,
-)
+from training_utils import ADTError, make_lr_scheduler, make_optimizer, prepare_trained, vae_factor
 
 
 logger = get_logger(__name__)

@@ -71,7 +71,8 @@ from evaluate_pipelines import (
     sampling_options,
 )
 from evaluate_report import ReportError, count_votes, load_card, update_model_card, write_report
-from training_utils import SAMPLERS, non_negative_int, positive_int, share
+from option_utils import non_negative_int, positive_int, share
+from training_utils import SAMPLERS
 
 
 logger = get_logger(__name__)

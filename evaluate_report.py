@@ -59,7 +59,7 @@ from huggingface_hub import EvalResult, ModelCard
 from matplotlib.figure import Figure
 from PIL import Image
 
-from training_utils import options_without_effect
+from option_utils import options_without_effect
 
 
 FLOOR_NOTE = (

@@ -49,10 +49,10 @@ from safetensors.torch import load_file, save_file
 
 from adversary_utils import DriftGuard, norm_group
 from data_utils import digest_of, identify_data, make_generator
+from option_utils import Nature
 from training_utils import (
     ADTError,
     Method,
-    Nature,
     averaged_weights,
     check_latents,
     global_batch_size,

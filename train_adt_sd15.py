@@ -63,6 +63,7 @@ from data_utils import (
     make_generator,
     normalize_pixels,
 )
+from option_utils import add_arguments, add_schedule_arguments, parse_options
 from output_utils import (
     Interruption,
     Validation,
@@ -87,8 +88,6 @@ from training_utils import (
     Progress,
     Run,
     Totals,
-    add_arguments,
-    add_schedule_arguments,
     check_latents,
     check_lora,
     concatenate,
@@ -102,7 +101,6 @@ from training_utils import (
     load_vae,
     load_vae_config,
     make_predict,
-    parse_options,
     prepare_generator,
     prepare_network,
     resolve_schedule,

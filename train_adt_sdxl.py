@@ -69,6 +69,7 @@ from data_utils import (
     make_generator,
     normalize_pixels,
 )
+from option_utils import add_arguments, add_schedule_arguments, add_text_encoder_arguments, adder, parse_options
 from output_utils import (
     Interruption,
     Validation,
@@ -93,10 +94,6 @@ from training_utils import (
     Progress,
     Run,
     Totals,
-    add_arguments,
-    add_schedule_arguments,
-    add_text_encoder_arguments,
-    adder,
     check_latents,
     check_lora,
     concatenate,
@@ -110,7 +107,6 @@ from training_utils import (
     load_vae,
     load_vae_config,
     make_predict,
-    parse_options,
     prepare_generator,
     prepare_network,
     resolve_schedule,

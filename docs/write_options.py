@@ -16,8 +16,8 @@ import evaluate_adt  # noqa: E402
 import train_adt_sd3  # noqa: E402
 import train_adt_sd15  # noqa: E402
 import train_adt_sdxl  # noqa: E402
+from option_utils import Nature, option_natures  # noqa: E402
 from output_utils import checkpoint_config  # noqa: E402
-from training_utils import Nature, option_natures  # noqa: E402
 
 
 FILE = ROOT / "docs" / "options.md"

@@ -37,16 +37,9 @@ import train_adt_sd15
 import train_adt_sdxl
 from adt_utils import SimulatedInference, TrainStep
 from data_utils import check_used_images, list_captions, load_image_caption_dataset
+from option_utils import Nature, adder
 from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
-from training_utils import (
-    Nature,
-    Run,
-    adder,
-    expand,
-    resolve_schedule,
-    start_accelerator,
-    weight_dtype,
-)
+from training_utils import Run, expand, resolve_schedule, start_accelerator, weight_dtype
 
 
 FAMILIES = {"sd15": train_adt_sd15, "sdxl": train_adt_sdxl, "sd3": train_adt_sd3}

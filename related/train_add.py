@@ -41,6 +41,16 @@ from torch import nn
 from adt_utils import discriminator_head, update_spectral_norm
 from adversary_utils import check_feature_network, global_partners, make_feature_network, norm_group, of_partners
 from data_utils import draw_per_image, load_micro_batches
+from option_utils import (
+    Nature,
+    adder,
+    non_negative_float,
+    non_negative_int,
+    parse_options,
+    positive_float,
+    positive_int,
+    weight_or_auto,
+)
 from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -61,23 +71,15 @@ from training_utils import (
     ADTError,
     FrozenModels,
     Method,
-    Nature,
     Progress,
     Totals,
-    adder,
     end_run,
     expand,
     make_lr_scheduler,
     make_optimizer,
     make_predict,
-    non_negative_float,
-    non_negative_int,
-    parse_options,
-    positive_float,
-    positive_int,
     prepare_generator,
     prepare_trained,
-    weight_or_auto,
 )
 
 

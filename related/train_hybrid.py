@@ -42,6 +42,7 @@ from transformers import AutoConfig, ResNetModel
 
 from adt_utils import FeatureNetwork
 from data_utils import load_micro_batches, make_generator
+from option_utils import Nature, adder, non_negative_int, parse_options, positive_float, positive_int, share
 from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -57,21 +58,14 @@ from training_utils import (
     ADTError,
     FrozenModels,
     Method,
-    Nature,
     Progress,
     Totals,
-    adder,
     check_finite,
     end_run,
     make_lr_scheduler,
     make_optimizer,
-    non_negative_int,
-    parse_options,
-    positive_float,
-    positive_int,
     prepare_generator,
     prepare_trained,
-    share,
 )
 
 

@@ -39,6 +39,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from data_utils import draw_per_image, load_micro_batches, make_generator
+from option_utils import BOOLEAN, Nature, adder, non_negative_float, parse_options, positive_float, positive_int, share
 from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -58,23 +59,15 @@ from related.related_utils import (
     tagged_family,
 )
 from training_utils import (
-    BOOLEAN,
     ADTError,
     FrozenModels,
     Method,
-    Nature,
     Progress,
     Totals,
-    adder,
     concatenate,
     end_run,
     expand,
-    non_negative_float,
-    parse_options,
-    positive_float,
-    positive_int,
     prepare_generator,
-    share,
 )
 
 

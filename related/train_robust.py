@@ -37,6 +37,7 @@ from dataclasses import replace
 import torch
 
 from data_utils import draw_per_image, load_micro_batches, make_generator
+from option_utils import adder, non_negative_float, parse_options, positive_float, positive_int
 from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
@@ -50,20 +51,7 @@ from related.related_utils import (
     start_run,
     tagged_family,
 )
-from training_utils import (
-    ADTError,
-    FrozenModels,
-    Method,
-    Progress,
-    Totals,
-    adder,
-    end_run,
-    non_negative_float,
-    parse_options,
-    positive_float,
-    positive_int,
-    prepare_generator,
-)
+from training_utils import ADTError, FrozenModels, Method, Progress, Totals, end_run, prepare_generator
 
 
 DESCRIPTION = "Robust training of a diffusion model under adversarial perturbations."

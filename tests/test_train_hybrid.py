@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import Dinov2Model, ResNetForImageClassification, ResNetModel
 
 from data_utils import load_micro_batches
+from option_utils import Nature
 from related import train_hybrid as train
 from related.related_utils import load_prompt_encoder, start_run
-from training_utils import ADTError, FrozenModels, Nature, Trained, prepare_generator
+from training_utils import ADTError, FrozenModels, Trained, prepare_generator
 
 
 LORA = ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_adt_sd15 as train
 import training_utils
 from adt_utils import SiameseDiscriminator, update_spectral_norm
+from option_utils import Nature, options_without_effect
 from output_utils import list_checkpoints
-from training_utils import ADTError, Nature, Totals
+from training_utils import ADTError, Totals
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ def test_options_without_effect():
     """Those of the largest script, so that the report's tables leave out what the command line says has no effect."""
     args = FAMILIES["sdxl"].train.parse_args(SHORTEST)
     expected = args.of_nature(Nature.NO_EFFECT, Nature.COUNTED)
-    assert training_utils.options_without_effect() == expected >= {"offload_text_encoders", "hub_token"}
+    assert options_without_effect() == expected >= {"offload_text_encoders", "hub_token"}
 
 
 def test_replace_leaves_the_options_as_they_are():
@@ -470,6 +471,7 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
 
 UTILS = (
     "adt_utils",
+    "option_utils",
     "training_utils",
     "data_utils",
     "adversary_utils",
