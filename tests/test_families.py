@@ -612,7 +612,8 @@ def test_lora_on_a_half_precision_base_with_another_vae(
     )  # fmt: skip
     snippet = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL).group(1)
     assert ("AutoencoderKL" in snippet and 'revision="main"' in snippet) == (not fuse)
-    assert (", dtype=torch.float32" in snippet) == (not fuse) and "torch_dtype" not in snippet
+    dtype = {"no": "float32", "bf16": "bfloat16"}[precision]
+    assert (f", dtype=torch.{dtype}" in snippet) == (not fuse) and "torch_dtype" not in snippet
     assert ('variant="fp16"' in snippet) == (bool(variant) and not fuse)
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
