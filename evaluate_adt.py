@@ -17,33 +17,30 @@
         --dataset_name DATASET --split test --num_images 5000 --sampler ddim:50 dpmsolver++:30 --guidance_scale 7.0 \
         --metrics fdd precision_recall clip sharpness --output_dir report
 
-Every pipeline draws each caption from the same noise, under every sampler and guidance scale. Images that are there
-already are kept, so that a stopped evaluation goes on; other settings in the same folder are refused. It writes
-`report.json`, `report.md` with its plots, and `report.html`, one file with a gallery and a blind comparison.
+Every pipeline draws each caption from the same noise, under every sampler and guidance scale, and else as it was
+trained to be sampled. Images that are there already are kept, so that a stopped evaluation goes on; other settings in
+the same folder are refused. It writes `report.json`, `report.md` with its plots, and `report.html`, one file with a
+gallery and a blind comparison.
 
-It needs `evaluate_metrics.py`, `evaluate_report.py`, `evaluate_report.html` and the `*_utils.py` beside it.
+It needs the other `evaluate_*` files and the `*_utils.py` beside it.
 """
 
 import argparse
 import functools
 import hashlib
-import inspect
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import datasets
-import diffusers
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 from data_utils import make_generator
@@ -53,19 +50,31 @@ from evaluate_metrics import (
     NEED_REAL_IMAGES,
     QUALITY,
     EvaluationError,
-    Loaded,
+    ImageSet,
+    Reference,
+    caption_tokens,
     check_options,
+    extract,
     load_networks,
     measure,
-    reference_features,
+    needed,
     square,
 )
+from evaluate_pipelines import (
+    OWN,
+    SAMPLING,
+    check_candidate,
+    check_index,
+    find_candidates,
+    load_pipeline,
+    make_scheduler,
+    sampling_options,
+)
 from evaluate_report import ReportError, count_votes, load_card, update_model_card, write_report
-from output_utils import list_checkpoints
-from training_utils import SAMPLERS, configure_sampler, non_negative_int, positive_int
+from training_utils import SAMPLERS, non_negative_int, positive_int, share
 
 
-OWN = "own"  # the scheduler that the pipeline comes with
+logger = get_logger(__name__)
 SAMPLER_NAMES = (*SAMPLERS, OWN)
 FLOOR = "VAE floor"
 # What `settings.json` has one of for each image, and its name for one.
@@ -87,6 +96,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--checkpoints", nargs="+", default=[], metavar="NAME=RUN",
         help="Output folders of training runs, each of whose checkpoints is compared.",
     )  # fmt: skip
+    parser.add_argument(
+        "--vae", nargs="+", default=[], metavar="NAME=PATH",
+        help="A VAE in place of the one that the pipeline or run of that name has, or was trained with.",
+    )  # fmt: skip
     parser.add_argument("--dataset_name", default=None, help="Hub id or folder of a dataset with images and captions.")
     parser.add_argument("--dataset_config_name", default=None, help="Configuration of the dataset.")
     parser.add_argument("--split", default="test", help="Of the dataset.")
@@ -105,12 +118,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--guidance_scale", type=float, nargs="+", default=[7.0], help="One or several.")
     parser.add_argument(
+        "--timestep_spacing", choices=["leading", "trailing", "linspace"], default=None,
+        help="Of the named samplers; by default the pipeline's own, else the sampler's usual one.",
+    )  # fmt: skip
+    add_sampling_arguments(parser.add_argument_group("how a model was trained to be sampled"))
+    parser.add_argument(
         "--resolution", type=positive_int, default=None, help="Side of the images; the first pipeline's own."
     )
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, help="Each image's noise derives from it and the index."
     )
     parser.add_argument("--batch_size", type=positive_int, default=8, help="Images at a time.")
+    parser.add_argument(
+        "--dataloader_num_workers", type=non_negative_int, default=4, help="Processes that read images to be measured."
+    )
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="To sample in.")
     parser.add_argument(
         "--metrics", nargs="+", default=["fdd", "precision_recall", "clip", "sharpness"],
@@ -153,11 +174,26 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_sampling_arguments(group):
+    """`SAMPLING`, for every pipeline that takes it; where nothing is said, each is sampled as its training says."""
+    group.add_argument(
+        "--guidance_rescale", type=share, default=None, help="In place of what each pipeline was trained with."
+    )
+    group.add_argument("--max_sequence_length", type=positive_int, default=None, help="The same, of T5's tokens.")
+    group.add_argument(
+        "--t5", action=argparse.BooleanOptionalAction, default=None, help="The same, whether SD3 is given its T5."
+    )
+    group.add_argument(
+        "--rollout_time_ids", choices=["inference", "image"], default=None,
+        help="The same, of SDXL: the pipeline's own sizes and crop, or the real image's.",
+    )  # fmt: skip
+
+
 def parse_args(input_args=None):
     parser = make_parser()
     args = parser.parse_args(input_args)
 
-    for option in ("pipelines", "lora", "checkpoints"):
+    for option in ("pipelines", "lora", "checkpoints", "vae"):
         pairs = [value.partition("=") for value in getattr(args, option)]
         if not all(name and path for name, _, path in pairs):
             parser.error(f"--{option} takes NAME=PATH, not {' '.join(getattr(args, option))}.")
@@ -165,13 +201,18 @@ def parse_args(input_args=None):
             parser.error(f"--{option} has a name twice.")
         setattr(args, option, {name: path for name, _, path in pairs})
     if not args.pipelines and not args.checkpoints:
-        parser.error("--pipelines or --checkpoints must name what is compared.")
+        if args.dataset_name is None or NEED_REAL_IMAGES & set(args.metrics):
+            parser.error("--pipelines or --checkpoints must name what is compared.")
+        if args.resolution is None:
+            parser.error("--resolution: there is no pipeline to say it.")
     for option in ("pipelines", "checkpoints"):
         for name in getattr(args, option):
             if Path(name).name != name or name.startswith(".") or "@" in name:
                 parser.error(f"--{option}: {name!r} cannot be a folder's name.")
     for name in args.lora.keys() - args.pipelines.keys():
         parser.error(f"--lora: there is no pipeline {name}.")
+    for name in args.vae.keys() - args.pipelines.keys() - args.checkpoints.keys():
+        parser.error(f"--vae: there is no pipeline or run {name}.")
     samplers = []
     for value in args.sampler:
         name, _, steps = value.partition(":")
@@ -179,6 +220,8 @@ def parse_args(input_args=None):
             parser.error(f"--sampler {value}: give NAME:STEPS with one of {', '.join(SAMPLER_NAMES)}.")
         samplers.append((name, int(steps)))
     args.sampler, args.guidance_scale = list(dict.fromkeys(samplers)), list(dict.fromkeys(args.guidance_scale))
+    if args.timestep_spacing is not None and all(name == OWN for name, _ in args.sampler):
+        parser.error(f"--timestep_spacing is of the named samplers: {OWN} is as the pipeline has it.")
     unknown = [name for name in args.metrics if name not in CHOICES]
     if unknown:
         parser.error(f"--metrics {' '.join(unknown)} not known; choose from {', '.join(CHOICES)}.")
@@ -190,79 +233,6 @@ def parse_args(input_args=None):
     if args.vae_floor and args.dataset_name is None:
         parser.error("--vae_floor takes real images: name --dataset_name.")
     return args
-
-
-@dataclass
-class Candidate:
-    """A pipeline to compare: a saved one, or the network of a training run's checkpoint in its pipeline."""
-
-    name: str
-    path: str
-    lora: str | None = None
-    network: str | None = None  # a folder whose weights replace the pipeline's network
-    run: str | None = None
-    iteration: int | None = None
-    training: dict | None = None  # the facts in `adt_config.json`
-    scheduler: str | None = None  # a scheduler's configuration, in place of the pipeline's
-
-
-def find_candidates(args) -> list[Candidate]:
-    candidates = []
-    for name, path in args.pipelines.items():
-        lora = args.lora.get(name)
-        candidate = Candidate(name, path, lora, training=read_training_facts(lora or path, args))
-        if lora is not None:  # adapters come with the sampler that they were trained for
-            candidate.scheduler = find_file(lora, "scheduler/scheduler_config.json", args)
-        candidates.append(candidate)
-    for run, folder in args.checkpoints.items():
-        candidates += checkpoint_candidates(run, Path(folder))
-    return candidates
-
-
-def read_training_facts(path, args) -> dict | None:
-    """What a training run wrote beside its result; None where there was none."""
-    file = find_file(path, "adt_config.json", args)
-    return None if file is None else json.loads(Path(file).read_text())
-
-
-def find_file(path, name, args) -> str | None:
-    """A file of a folder, or of a repository on the Hub; None where there is none."""
-    if Path(path).is_dir():
-        return str(Path(path, name)) if Path(path, name).is_file() else None
-    try:
-        return hf_hub_download(path, name, cache_dir=args.cache_dir)
-    except (EntryNotFoundError, ValueError):  # the repository has none, or this is no repository
-        return None
-    except OSError as error:
-        raise EvaluationError(f"--pipelines: {path} cannot be read from the Hub: {error}") from error
-
-
-def checkpoint_candidates(run, folder) -> list[Candidate]:
-    """The checkpoints of a training run as pipelines.
-
-    Those of adapters go onto the base, others into the run's result, or into the base as long as there is none.
-    """
-    found = [path for path in list_checkpoints(folder) if (path / "adt_checkpoint.json").is_file()]
-    if not found:
-        raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
-    candidates = []
-    for checkpoint in found:
-        facts = json.loads((checkpoint / "adt_checkpoint.json").read_text())
-        iteration, base = facts["iteration"], facts["config"]["pretrained_model_name_or_path"]
-        candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration)
-        averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
-        trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
-        if trained:
-            candidate.network = str((averaged or trained)[0])
-            if (folder / "model_index.json").is_file():
-                candidate.path = str(folder)
-        else:
-            candidate.lora = str((averaged or [checkpoint])[0])
-        if candidate.path != str(folder):  # the sampler of the run, as soon as that has a result
-            file = folder / "scheduler" / "scheduler_config.json"
-            candidate.scheduler = str(file) if file.is_file() else None
-        candidates.append(candidate)
-    return candidates
 
 
 def load_reference(args):
@@ -332,123 +302,6 @@ def original_digest(record) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def load_index(path, args) -> dict:
-    """The pipeline's `model_index.json`, refused unless it is a text-to-image pipeline's."""
-    try:
-        index = DiffusionPipeline.load_config(path, cache_dir=args.cache_dir)
-    except OSError as error:
-        raise EvaluationError(f"--pipelines: {path} is not a readable pipeline: {error}") from error
-    # diffusers' own list of what `AutoPipelineForText2Image` makes, less those that take a picture, too.
-    pipelines = {pipeline.__name__: pipeline for pipeline in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.values()}
-    name = index["_class_name"]
-    if name not in pipelines or "image" in inspect.signature(pipelines[name].__call__).parameters:
-        raise EvaluationError(f"--pipelines: {path} is a {name}, which is not text-to-image.")
-    return index
-
-
-def absent_components(index) -> dict:
-    """What must be said to be absent: what is, and a safety checker, which would blacken images at random."""
-    absent = {key: None for key, value in index.items() if isinstance(value, list) and None in value}
-    return absent | ({"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {})
-
-
-def check_index(candidate, args):
-    """Refuses what is no text-to-image pipeline, or has no VAE that `--vae_floor` could use."""
-    index = load_index(candidate.path, args)
-    if args.vae_floor and index.get("vae", [None])[-1] != "AutoencoderKL":
-        raise EvaluationError(
-            f"--vae_floor: the pipeline {candidate.name} has no AutoencoderKL, which could encode the real images."
-        )
-
-
-def find_folder(candidate, args) -> Path:
-    """The pipeline's files on this machine, downloaded where need be."""
-    if Path(candidate.path).is_dir():
-        return Path(candidate.path)
-    absent = absent_components(load_index(candidate.path, args))
-    return Path(DiffusionPipeline.download(candidate.path, cache_dir=args.cache_dir, **absent))
-
-
-def load_pipeline(candidate, args, device):
-    absent = absent_components(load_index(candidate.path, args))
-    dtype = getattr(torch, args.dtype)
-    pipeline = DiffusionPipeline.from_pretrained(find_folder(candidate, args), torch_dtype=dtype, **absent)
-    if candidate.network is not None:
-        role = "unet" if hasattr(pipeline, "unet") else "transformer"
-        network = type(getattr(pipeline, role)).from_pretrained(candidate.network, torch_dtype=dtype)
-        pipeline.register_modules(**{role: network})
-    if candidate.lora is not None:
-        pipeline.load_lora_weights(candidate.lora, cache_dir=args.cache_dir)
-    if candidate.scheduler is not None:
-        config = json.loads(Path(candidate.scheduler).read_text())
-        pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def make_scheduler(sampler, base):
-    """The named sampler with the base scheduler's schedule.
-
-    Raises:
-        EvaluationError: where it does not suit the model.
-    """
-    if sampler == OWN:
-        return base
-    if isinstance(base, FlowMatchEulerDiscreteScheduler) or base.config.get("use_flow_sigmas", False):
-        raise EvaluationError(f"--sampler {sampler} does not suit a flow-matching model: use own.")
-    return configure_sampler(sampler, base.config)
-
-
-def check_candidate(candidate, args) -> dict:
-    """Loads the pipeline once before any image is made, and makes every sampler, to find what does not work.
-
-    Returns what its images depend on: "weights" stands for its files of weights, by size and time (adapters on the Hub
-    aside), "samplers" has each one's configuration, and "vae", with `--vae_floor`, is `vae_digest`'s.
-
-    Raises:
-        EvaluationError: where it cannot be loaded, or a sampler does not suit it.
-    """
-    try:
-        pipeline = load_pipeline(candidate, args, "cpu")
-    except EvaluationError:
-        raise
-    except Exception as error:  # diffusers, transformers, safetensors and peft have a dozen kinds
-        adapters = f" with the adapters {candidate.lora}" if candidate.lora else ""
-        raise EvaluationError(f"--pipelines: {candidate.path}{adapters} cannot be loaded: {error}") from error
-    if args.resolution is None:
-        args.resolution = default_resolution(pipeline, candidate)
-    if args.resolution % pipeline.vae_scale_factor:
-        raise EvaluationError(f"--resolution {args.resolution} is not a multiple of {pipeline.vae_scale_factor}.")
-    samplers = {}
-    for sampler, steps in args.sampler:
-        scheduler = make_scheduler(sampler, pipeline.scheduler)
-        if isinstance(scheduler, LCMScheduler) and steps > scheduler.config.original_inference_steps:
-            raise EvaluationError(
-                f"--sampler {sampler}:{steps}: {candidate.name} was distilled into "
-                f"{scheduler.config.original_inference_steps} steps."
-            )
-        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-        samplers[sampler] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}
-    folder, index = find_folder(candidate, args), load_index(candidate.path, args)
-    folders = [folder / name for name, value in index.items() if isinstance(value, list)]
-    folders += [Path(path) for path in (candidate.network, candidate.lora) if path is not None]
-    files = sorted(file for folder in folders for file in folder.glob("*.safetensors"))
-    files += sorted(file for folder in folders for file in folder.glob("*.bin"))
-    facts = [(file.parent.name, file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    weights = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    vae = vae_digest(pipeline.vae) if args.vae_floor else None
-    return {"samplers": samplers, "weights": weights, "vae": vae}
-
-
-def vae_digest(vae) -> str:
-    """Sixteen hexadecimal digits for its weights. What scales latents is left out, as it cancels in `reconstruct`."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.float().numpy().tobytes())  # `reconstruct` takes them so, too
-    return digest.hexdigest()[:16]
-
-
 def find_floors(facts) -> list[dict]:
     """The report's "floors": one for each VAE, whichever pipelines have it. facts: {name: `check_candidate`'s}."""
     owners = {}
@@ -463,15 +316,6 @@ def find_floors(facts) -> list[dict]:
         }
         for vae, names in owners.items()
     ]
-
-
-def default_resolution(pipeline, candidate) -> int:
-    """What the pipeline draws when nothing is said."""
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    size = getattr(getattr(network, "config", None), "sample_size", None)
-    if not isinstance(size, int):
-        raise EvaluationError(f"{candidate.path} does not say what size it draws: name --resolution.")
-    return size * pipeline.vae_scale_factor
 
 
 def check_settings(directory, settings):
@@ -490,7 +334,7 @@ def check_settings(directory, settings):
     for name in sorted(settings.keys() - set(ONE_EACH)):
         if before.get(name) != settings[name]:
             old, new = before.get(name), settings[name]
-            if isinstance(new, dict) and isinstance(old, dict):  # a scheduler's configuration
+            if isinstance(new, dict) and isinstance(old, dict):  # such as a scheduler's configuration
                 different = [key for key in new.keys() | old.keys() if old.get(key) != new.get(key)]
                 old, new = ({key: values.get(key) for key in sorted(different)} for values in (old, new))
             changes.append(f"{name} {old} (now {new})")
@@ -513,24 +357,50 @@ def write_settings(directory, settings):
         partial.rename(file)
 
 
-def draw(pipeline, captions, run, args, indices) -> list[Image.Image]:
-    """What the pipeline makes of the captions with these indices, with a run's steps and guidance scale."""
-    # An image's own: the same noise for every pipeline, whatever the batch.
-    generators = [make_generator(args.seed, "evaluation", index) for index in indices]
-    scheduler, steps = pipeline.scheduler, {"num_inference_steps": run["steps"]}
-    if scheduler.config.get("stochastic_sampling", False):
-        # A few-step flow-matching model's: by a number of steps the last would be made at next to no noise, and its
-        # pipelines do not hand on the generator to the noise between the steps.
-        steps = {"sigmas": few_step_sigmas(run["steps"], run.get("student_sigmas"))}
-        scheduler.step = functools.partial(type(scheduler).step, scheduler, generator=generators)
-    return pipeline(
-        [captions[index] for index in indices],
-        generator=generators,
-        **steps,
-        guidance_scale=run["guidance_scale"],
-        height=args.resolution,
-        width=args.resolution,
-    ).images
+def size_conditions(dataset, index, args) -> dict:
+    """The sizes by which SDXL's training describes a real image: its own, and where `square` crops it, as (y, x)."""
+    width, height = ImageOps.exif_transpose(open_reference(dataset, index, args)).size
+    sides = [args.resolution * side // min(width, height) for side in (height, width)]
+    corner = tuple(round((side - args.resolution) / 2) for side in sides)
+    return {"original_size": (height, width), "crops_coords_top_left": corner}
+
+
+def call_options(candidate, kind, dataset, args):
+    """A function from an image's index in the set `kind` to what the pipeline's call is given by `sampling`."""
+    fixed = {name: candidate.sampling[name] for name in SAMPLING[:2] if name in candidate.sampling}
+    if candidate.sampling.get("rollout_time_ids") == "image" and kind == "test":
+        return lambda index: fixed | size_conditions(dataset, index, args)
+    return lambda index: fixed
+
+
+def draw(pipeline, captions, run, options, args, indices) -> list[Image.Image]:
+    """What the pipeline makes of the captions with these indices, with a run's steps and guidance scale.
+
+    options: `call_options`. A call has one set of them, so that images with others take a call of their own.
+    """
+    calls, images = {}, {}
+    for index in indices:
+        calls.setdefault(tuple(options(index).items()), []).append(index)
+    for call, part in calls.items():
+        # An image's own: the same noise for every pipeline, whatever the batch.
+        generators = [make_generator(args.seed, "evaluation", index) for index in part]
+        scheduler, steps = pipeline.scheduler, {"num_inference_steps": run["steps"]}
+        if scheduler.config.get("stochastic_sampling", False):
+            # A few-step flow-matching model's: by a number of steps the last would be made at next to no noise, and
+            # its pipelines do not hand on the generator to the noise between the steps.
+            steps = {"sigmas": few_step_sigmas(run["steps"], run.get("student_sigmas"))}
+            scheduler.step = functools.partial(type(scheduler).step, scheduler, generator=generators)
+        made = pipeline(
+            [captions[index] for index in part],
+            generator=generators,
+            **steps,
+            **dict(call),
+            guidance_scale=run["guidance_scale"],
+            height=args.resolution,
+            width=args.resolution,
+        ).images
+        images |= zip(part, made, strict=True)
+    return [images[index] for index in indices]
 
 
 def few_step_sigmas(num_steps, student_sigmas) -> list[float]:
@@ -553,39 +423,56 @@ def reconstruct(vae, dataset, args, indices) -> list[Image.Image]:
     return processor.postprocess(vae.decode(latents).sample)
 
 
-def generate(make, count, directory, args, accelerator):
-    """Makes those of `count` images that `directory` lacks, shared out over the processes.
+def missing_images(directory, count, accelerator) -> list[int]:
+    """Which of `count` images this process is to make: its share of those that `directory` lacks."""
+    own = range(accelerator.process_index, count, accelerator.num_processes)
+    return [index for index in own if not (directory / f"{index:06d}.png").is_file()]
+
+
+def generate(make, indices, directory, args, accelerator):
+    """Makes the images with these indices.
 
     make: a function from a list of indices to as many PIL images.
     """
-    own = range(accelerator.process_index, count, accelerator.num_processes)
-    missing = [index for index in own if not (directory / f"{index:06d}.png").is_file()]
-    bar = tqdm(total=len(missing), desc=str(directory), disable=not accelerator.is_local_main_process)
-    for first in range(0, len(missing), args.batch_size):
-        indices = missing[first : first + args.batch_size]
-        for index, image in zip(indices, make(indices), strict=True):
+    bar = tqdm(total=len(indices), desc=str(directory), disable=not accelerator.is_local_main_process)
+    for first in range(0, len(indices), args.batch_size):
+        part = indices[first : first + args.batch_size]
+        for index, image in zip(part, make(part), strict=True):
             partial = directory / f".{index:06d}-partial.png"
             image.save(partial)
             partial.rename(directory / f"{index:06d}.png")
-        bar.update(len(indices))
+        bar.update(len(part))
     bar.close()
-    accelerator.wait_for_everyone()
 
 
-def generate_with(pipeline, name, report, sets, dataset, args, accelerator):
-    """The images of the runs of the pipeline `name`, and of the floor of its VAE where none before it has that VAE."""
-    base = pipeline.scheduler
+def generate_with(candidate, report, sets, dataset, args, accelerator):
+    """What is missing of the images of a pipeline's runs, and of the floor of its VAE where no other before it has it.
+
+    The pipeline is loaded once, and only by a process that has something to make.
+    """
+    jobs = []
     for run in report["runs"]:
-        if run["pipeline"] == name:
-            pipeline.scheduler = make_scheduler(run["sampler"], base)
-            for kind, prompts in sets.items():
-                make = functools.partial(draw, pipeline, prompts, run, args)
-                generate(make, len(prompts), Path(args.output_dir, run["images"][kind]), args, accelerator)
-    for floor in report["floors"]:
-        if floor["pipelines"][0] == name:
-            # Last, since the pipeline draws with it in --dtype.
+        if run["pipeline"] == candidate.name:
+            jobs += [(run, kind, run["images"][kind], len(prompts)) for kind, prompts in sets.items()]
+    # Last, since the pipeline draws with its VAE in --dtype.
+    floors = [floor for floor in report["floors"] if floor["pipelines"][0] == candidate.name]
+    jobs += [(None, "test", floor["images"]["test"], len(dataset)) for floor in floors]
+    pipeline = None
+    for run, kind, images, count in jobs:
+        directory = Path(args.output_dir, images)
+        indices = missing_images(directory, count, accelerator)
+        if indices and pipeline is None:
+            pipeline = load_pipeline(candidate, args, accelerator.device)
+            base = pipeline.scheduler
+        if indices and run is None:
             make = functools.partial(reconstruct, pipeline.vae.float(), dataset, args)
-            generate(make, len(dataset), Path(args.output_dir, floor["images"]["test"]), args, accelerator)
+        elif indices:
+            pipeline.scheduler = make_scheduler(run["sampler"], base, args.timestep_spacing)
+            options = call_options(candidate, kind, dataset, args)
+            make = functools.partial(draw, pipeline, sets[kind], run, options, args)
+        if indices:
+            generate(make, indices, directory, args, accelerator)
+    accelerator.wait_for_everyone()
 
 
 def find_card(value, candidates) -> tuple[str, Path]:
@@ -627,12 +514,14 @@ def main(args):
     candidates = find_candidates(args)
     for candidate in candidates:
         check_index(candidate, args)
-    dataset, sets = None, {}
+        candidate.sampling = sampling_options(candidate, args)
+    for name in SAMPLING:
+        if getattr(args, name) is not None and not any(name in candidate.sampling for candidate in candidates):
+            raise EvaluationError(f"--{name} is given, which none of the pipelines takes.")
+    dataset, sets, captions = None, {}, None
     if args.dataset_name is not None:
-        dataset, sets["test"] = load_reference(args)
-        own = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        for index in tqdm(own, desc="Checking images", disable=not accelerator.is_local_main_process, leave=False):
-            open_reference(dataset, index, args)
+        dataset, captions = load_reference(args)
+        sets["test"] = captions
     if args.quality_prompts:
         sets["quality"] = load_prompts(args.quality_prompts)
     metrics = {name: [metric for metric in args.metrics if prompt_set(metric, sets) == name] for name in sets}
@@ -645,22 +534,24 @@ def main(args):
         raise EvaluationError(f"--nearest_k {args.nearest_k} needs more than {args.nearest_k + 1} images.")
     check_options(args)
     card = None if args.update_model_card is None else find_card(args.update_model_card, candidates)
-    networks = load_networks(args) if accelerator.is_main_process else {}
+    networks = load_networks(args)
     facts = {candidate.name: check_candidate(candidate, args) for candidate in candidates}
 
     report = start_report(candidates, facts, sets, dataset, args)
     if accelerator.is_main_process:
         prepare_output(report, sets, facts, dataset, args)
+    for warning in report["warnings"]:
+        logger.warning(warning)
     accelerator.wait_for_everyone()
 
+    real = None if dataset is None else read_real_images(dataset, captions, networks, args, accelerator)
     for candidate in candidates:
-        pipeline = load_pipeline(candidate, args, accelerator.device)
-        generate_with(pipeline, candidate.name, report, sets, dataset, args, accelerator)
-        del pipeline  # before the next one is loaded
+        generate_with(candidate, report, sets, dataset, args, accelerator)
+    evaluate(report, sets, metrics, real, networks, args, accelerator)
     if accelerator.is_main_process:
-        for network in networks.values():
-            network.to(accelerator.device)
-        evaluate(report, sets, metrics, dataset, networks, card, args)
+        if dataset is not None:
+            report["real_images"] = describe_real_images(real, captions, networks, args)
+        finish_report(report, sets, dataset, card, args)
     accelerator.end_training()
 
 
@@ -670,10 +561,10 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
         {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
         for candidate, (sampler, steps), guidance_scale in product(candidates, args.sampler, args.guidance_scale)
     ]
+    called = {candidate.name: candidate.training["inference"] for candidate in candidates if candidate.training}
+    # Those of a call; beside a number of steps they are the scheduler's, as `level_warnings` reads them.
     student_sigmas = {
-        candidate.name: candidate.training["inference"]["sigmas"]
-        for candidate in candidates
-        if candidate.training is not None and "sigmas" in candidate.training["inference"]
+        name: call["sigmas"] for name, call in called.items() if "sigmas" in call and "num_inference_steps" not in call
     }
     for run in runs:
         if run["pipeline"] in student_sigmas:
@@ -691,14 +582,18 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
             "resolution": args.resolution,
             "seed": args.seed,
             "dtype": args.dtype,
+            "timestep_spacing": args.timestep_spacing,
             "num_bootstrap": args.num_bootstrap,
         },
         "pipelines": [asdict(candidate) | {"weights": facts[candidate.name]["weights"]} for candidate in candidates],
         "runs": runs,
         "floors": find_floors(facts) if args.vae_floor else [],
-        "warnings": [],
+        "real_images": None,
+        "warnings": [warning for found in facts.values() for warning in found["warnings"]],
     }
-    if "test" in sets and len(dataset) < FEW_IMAGES and NEED_REAL_IMAGES & set(args.metrics):
+    for entry in report["pipelines"]:
+        del entry["options"]  # which a checkpoint has with the paths of its machine
+    if dataset is not None and len(dataset) < FEW_IMAGES and NEED_REAL_IMAGES & set(args.metrics):
         report["warnings"].append(
             f"{len(dataset)} images are few for a Fréchet distance, whose bias grows as they get fewer, and for "
             "precision and recall. Compare only numbers with the same count."
@@ -713,7 +608,7 @@ def prepare_output(report, sets, facts, dataset, args):
     for run, (name, prompts) in product(report["runs"], sets.items()):
         entry = next(pipeline for pipeline in report["pipelines"] if pipeline["name"] == run["pipeline"])
         folders[Path(args.output_dir, run["images"][name])] = {
-            **{key: entry[key] for key in ("path", "lora", "network", "weights")},
+            **{key: entry[key] for key in ("path", "lora", "network", "vae", "weights", "sampling")},
             "scheduler": facts[run["pipeline"]]["samplers"][run["sampler"]],
             "steps": run["steps"],
             "guidance_scale": run["guidance_scale"],
@@ -729,46 +624,92 @@ def prepare_output(report, sets, facts, dataset, args):
     for directory, settings in folders.items():
         check_settings(directory, settings)
     try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         for directory, settings in folders.items():
             write_settings(directory, settings)
     except OSError as error:
         raise EvaluationError(f"--output_dir {args.output_dir} cannot be written: {error}") from error
 
 
-def open_image(file) -> Image.Image:
+def read_real_images(dataset, captions, networks, args, accelerator) -> dict:
+    """What `extract` makes of them, which also finds one that does not decode before any image is drawn."""
+    image_set = ImageSet(functools.partial(load_real_image, dataset, args), captions, needed(args.metrics))
+    for network in networks.values():
+        network.to(accelerator.device)
+    [features] = extract([image_set], networks, args, accelerator)
+    for network in networks.values():
+        network.to("cpu")  # while the pipelines draw
+    return features
+
+
+def load_real_image(dataset, args, index) -> Image.Image:
+    return square(open_reference(dataset, index, args), args.resolution)
+
+
+def load_drawn_image(directory, index) -> Image.Image:
+    file = directory / f"{index:06d}.png"
     try:
         return Image.open(file).convert("RGB")
     except OSError as error:
         raise EvaluationError(f"{file} does not decode: {error} Delete it, and it is drawn again.") from error
 
 
-def evaluate(report, sets, metrics, dataset, networks, card, args):
-    """Measures the images of every run and every floor, and writes the reports and the card."""
-    real, reference = None, {}
-    if "test" in sets:
-        real = Loaded(lambda index: square(open_reference(dataset, index, args), args.resolution), len(dataset))
-        reference = reference_features(real, networks, args)
+def evaluate(report, sets, metrics, real, networks, args, accelerator):
+    """Measures the images of every run and every floor, each process its share of these.
+
+    Args:
+        metrics: {name of a set: its metrics}.
+        real: `read_real_images`; None without a dataset.
+    """
+    entries = [*report["runs"], *report["floors"]]
+    parts = [(number, kind) for number, entry in enumerate(entries) for kind in entry["images"]]
+    image_sets = []
+    for number, kind in parts:
+        directory = Path(args.output_dir, entries[number]["images"][kind])
+        load = functools.partial(load_drawn_image, directory)
+        image_sets.append(ImageSet(load, sets[kind], needed(metrics[kind])))
+    for network in networks.values():
+        network.to(accelerator.device)
+    read = extract(image_sets, networks, args, accelerator)
+    bar = tqdm(read, total=len(parts), desc="Reading images", disable=not accelerator.is_local_main_process)
+    own = [
+        (number, kind, features)
+        for (number, kind), features in zip(parts, bar, strict=True)
+        if number % accelerator.num_processes == accelerator.process_index
+    ]
+    reference = Reference(real, args.metrics, accelerator.device) if "test" in sets else None
+    measured = {}
+    for number, kind, features in tqdm(own, desc="Measuring", disable=not accelerator.is_local_main_process):
+        against = reference if kind == "test" else None
+        for metric, result in measure(features, metrics[kind], against, networks, args).items():
+            measured.setdefault(number, {})[metric] = {"prompts": kind, **result}
+    for found in gather_object([measured]):
+        for number, results in found.items():
+            # In the order of the list of metrics, wherever their prompts came from.
+            entries[number]["metrics"] = {name: results[name] for name in METRICS if name in results}
     for metric, key in (("fid", "inception"), ("fdd", "dinov2")):
-        if metric in args.metrics and len(dataset) <= reference[key].shape[1]:
+        if metric in args.metrics and len(real[key]) <= real[key].shape[1]:
             report["warnings"].append(
-                f"{metric}: {len(dataset)} images are not more than the {reference[key].shape[1]} features, whose "
+                f"{metric}: {len(real[key])} images are not more than the {real[key].shape[1]} features, whose "
                 "covariance is then singular."
             )
-    for run in tqdm([*report["runs"], *report["floors"]], desc="Measuring"):
-        run["metrics"] = {}
-        for name, folder in run["images"].items():
-            directory, prompts = Path(args.output_dir, folder), sets[name]
-            images = Loaded(
-                lambda index, directory=directory: open_image(directory / f"{index:06d}.png"), len(prompts)
-            )
-            against = reference if name == "test" else {}
-            for metric, result in measure(images, prompts, metrics[name], against, networks, args).items():
-                run["metrics"][metric] = {"prompts": name, **result}
-        # In the order of the list of metrics, wherever their prompts came from.
-        run["metrics"] = {name: run["metrics"][name] for name in METRICS if name in run["metrics"]}
-    write_report(
-        report, METRICS, sets, None if real is None else real.load, args.output_dir, args.num_gallery, args.votes
-    )
+
+
+def describe_real_images(real, captions, networks, args) -> dict:
+    """The report's "real_images": what Table A1 of the paper says of a dataset."""
+    chosen = [name for name in args.metrics if name not in NEED_REAL_IMAGES]
+    results = measure(real, chosen, None, networks, args)
+    return {
+        "n": len(captions),
+        "caption_tokens": caption_tokens(captions, networks),
+        "metrics": {name: {"prompts": "test", **results[name]} for name in METRICS if name in results},
+    }
+
+
+def finish_report(report, sets, dataset, card, args):
+    """Writes the reports and the card."""
+    real_image = None if dataset is None else functools.partial(load_real_image, dataset, args)
+    write_report(report, METRICS, sets, real_image, args.output_dir, args.num_gallery, args.votes)
     if card is not None:
         update_model_card(report, METRICS, *card)
     print(Path(args.output_dir, "report.md").read_text())

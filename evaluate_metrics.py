@@ -13,20 +13,23 @@
 # limitations under the License.
 """The measures of `evaluate_adt.py`: from images and prompts to numbers."""
 
+import functools
 import importlib.util
 import pickle
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
 from prdc.prdc import compute_nearest_neighbour_distances, compute_pairwise_distance
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPTokenizer
 
 
@@ -67,35 +70,21 @@ def pixels(image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalise(images, statistics):
-    """PIL images of one size to a float tensor (B, 3, H, W) as a network expects it."""
+def normalise(image, size, statistics) -> torch.Tensor:
+    """A PIL image to (3, size, size), float32, as a network expects it."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
-    return torch.stack([(pixels(image) / 255 - mean) / std for image in images])
+    return (pixels(square(image, size)) / 255 - mean) / std
 
 
-class Loaded:
-    """A row of things that are loaded when a slice of it is taken: thousands of images do not fit into memory."""
-
-    def __init__(self, load, count):
-        self.load, self.count = load, count
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, part):
-        if isinstance(part, int):
-            return self.load(part)
-        return [self.load(index) for index in range(*part.indices(self.count))]
+def laplacian_variance(image) -> torch.Tensor:
+    """0-d, float64: of the grey image (0.299 R + 0.587 G + 0.114 B, rounded), borders mirrored as OpenCV does."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=torch.float64).view(1, 1, 3, 3)
+    grey = torch.from_numpy(np.array(image.convert("L"))).double()[None, None]
+    return F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), kernel).var(correction=0)
 
 
-def in_batches(function, items, batch_size):
-    """`function` over slices of at most `batch_size` of `items`, concatenated, float64 on the CPU."""
-    with torch.no_grad():
-        parts = [function(items[n : n + batch_size]).cpu().double() for n in range(0, len(items), batch_size)]
-    return torch.cat(parts)
-
-
-# Networks. Each maps a list of PIL images, or of (image, prompt), to rows, and has a `record` of what it is.
+# Networks. `prepare` makes a tensor of a PIL image, in a process that reads images; a batch of these, and as many
+# prompts, become rows, one for each image. `record` says what the network is.
 
 
 def find_weights(option, given, repository, filename, args) -> str:
@@ -176,34 +165,21 @@ def crop(size):
     return f"{size}, bicubic, centre crop"
 
 
-class Network(nn.Module):
-    """Knows its device, which a network without parameters would not."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("marker", torch.empty(0), persistent=False)
-
-    @property
-    def device(self):
-        return self.marker.device
-
-
-class DINOv2Features(Network):
+class DINOv2Features(nn.Module):
     """The CLS token after the last block and the final normalisation."""
 
     def __init__(self, args):
         super().__init__()
-        self.resolution = args.dinov2_resolution
         self.model = AutoModel.from_pretrained(args.dinov2_model_name_or_path, cache_dir=args.cache_dir).float()
         name = Path(args.dinov2_model_name_or_path).name
-        self.record = {"features": f"{name}, CLS token", "resize": crop(self.resolution)}
+        self.record = {"features": f"{name}, CLS token", "resize": crop(args.dinov2_resolution)}
+        self.prepare = functools.partial(normalise, size=args.dinov2_resolution, statistics=IMAGENET)
 
-    def forward(self, images):
-        inputs = normalise([square(image, self.resolution) for image in images], IMAGENET)
-        return self.model(inputs.to(self.device)).last_hidden_state[:, 0]
+    def forward(self, inputs, prompts):
+        return self.model(inputs).last_hidden_state[:, 0]
 
 
-class InceptionFeatures(Network):
+class InceptionFeatures(nn.Module):
     """InceptionV3's pooled features, by a network that takes uint8 images and resizes them itself.
 
     A TorchScript file, or torch-fidelity's network where it is installed.
@@ -225,30 +201,32 @@ class InceptionFeatures(Network):
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
             self.options, name = {}, "InceptionV3 of torch-fidelity"
         self.record = {"features": name, "resize": "by the network"}
+        self.prepare = pixels
 
-    def forward(self, images):
-        features = self.model(torch.stack([pixels(image) for image in images]).to(self.device), **self.options)
+    def forward(self, inputs, prompts):
+        features = self.model(inputs, **self.options)
         return features[0] if isinstance(features, tuple) else features
 
 
-class CLIPScore(Network):
+class CLIPScore(nn.Module):
     """100 times the cosine between the image's and the prompt's embedding."""
 
     def __init__(self, args):
         super().__init__()
         path = args.clip_model_name_or_path
         self.model = CLIPModel.from_pretrained(path, cache_dir=args.cache_dir).float()
-        self.tokenizer = CLIPTokenizer.from_pretrained(path, cache_dir=args.cache_dir)
-        self.record = {"features": Path(path).name, "resize": crop(self.model.config.vision_config.image_size)}
+        self.describe(Path(path).name, path, args)
 
-    def forward(self, pairs):
-        images = [square(image, self.model.config.vision_config.image_size) for image, _ in pairs]
+    def describe(self, name, path, args):
+        size = self.model.config.vision_config.image_size
+        self.tokenizer = CLIPTokenizer.from_pretrained(path, cache_dir=args.cache_dir)
+        self.record = {"features": name, "resize": crop(size)}
+        self.prepare = functools.partial(normalise, size=size, statistics=CLIP)
+
+    def forward(self, inputs, prompts):
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            [prompt for _, prompt in pairs], padding="max_length", max_length=length, truncation=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        output = self.model(pixel_values=normalise(images, CLIP).to(self.device), **tokens.to(self.device))
+        tokens = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        output = self.model(pixel_values=inputs, **tokens.to(inputs.device))
         return 100 * (output.image_embeds * output.text_embeds).sum(1)
 
 
@@ -311,23 +289,22 @@ class HPSv2Score(CLIPScore):
     """
 
     def __init__(self, args):
-        Network.__init__(self)
+        nn.Module.__init__(self)
         path, file = args.hps_clip_model_name_or_path, find_hps_weights(args)
         self.model = CLIPModel(CLIPConfig.from_pretrained(path, cache_dir=args.cache_dir))
         state = read_weights(file)
         load_weights(self.model, from_open_clip(state.get("state_dict", state)), file)
-        self.tokenizer = CLIPTokenizer.from_pretrained(path, cache_dir=args.cache_dir)
-        self.record = {"features": Path(file).name, "resize": crop(self.model.config.vision_config.image_size)}
+        self.describe(Path(file).name, path, args)
 
 
-class AestheticScore(Network):
+class AestheticScore(CLIPScore):
     """LAION's aesthetic predictor: linear layers, one or several, on CLIP ViT-L/14's normalised image embedding.
 
     Schuhmann, LAION-Aesthetics, 2022 (https://laion.ai/blog/laion-aesthetics/).
     """
 
     def __init__(self, args):
-        super().__init__()
+        nn.Module.__init__(self)
         path, file = args.aesthetic_clip_model_name_or_path, find_aesthetic_weights(args)
         self.model = CLIPModel.from_pretrained(path, cache_dir=args.cache_dir).float()
         state = read_weights(file)
@@ -340,12 +317,9 @@ class AestheticScore(Network):
             f"{n}.{kind}": state[f"{name}{kind}"] for n, name in enumerate(names) for kind in ("weight", "bias")
         }
         load_weights(self.layers, renamed, file)
-        size = self.model.config.vision_config.image_size
-        self.record = {"features": f"{Path(file).name} on {Path(path).name}", "resize": crop(size)}
+        self.describe(f"{Path(file).name} on {Path(path).name}", path, args)
 
-    def forward(self, pairs):
-        size = self.model.config.vision_config.image_size
-        inputs = normalise([square(image, size) for image, _ in pairs], CLIP).to(self.device)
+    def forward(self, inputs, prompts):
         embedding = self.model.visual_projection(self.model.vision_model(pixel_values=inputs).pooler_output)
         return self.layers(F.normalize(embedding, dim=-1))[:, 0]
 
@@ -395,37 +369,130 @@ def load_networks(args) -> dict:
     return networks
 
 
+# Images to features
+
+
+@dataclass
+class ImageSet:
+    """Images that are measured together.
+
+    Attributes:
+        load: an index to a PIL image. Raises `EvaluationError` where there is none.
+        prompts: a string for each image.
+        needs: what is made of them: keys of `NETWORKS`, and "sharpness".
+    """
+
+    load: Callable
+    prompts: list
+    needs: list
+
+
+class Reader(torch.utils.data.Dataset):
+    """By (number of the set, index): `{need: tensor}`, all made of the image in one reading, or an error's message."""
+
+    def __init__(self, image_sets, prepare):
+        self.image_sets, self.prepare = image_sets, prepare
+
+    def __getitem__(self, key):
+        number, index = key
+        try:
+            image = self.image_sets[number].load(index)
+        except EvaluationError as error:  # a worker's own would come with its stack
+            return str(error)
+        return {need: self.prepare[need](image) for need in self.image_sets[number].needs}
+
+
+def collate(examples):
+    """Batched tensors, or the first message."""
+    messages = [example for example in examples if isinstance(example, str)]
+    return messages[0] if messages else {need: torch.stack([e[need] for e in examples]) for need in examples[0]}
+
+
+@torch.no_grad()
+def extract(image_sets, networks, args, accelerator):
+    """What the networks make of every image, which is read once, by worker processes.
+
+    The images are shared out over the processes of the run, and their rows gathered.
+
+    Yields:
+        for each set, in turn, in every process, `{need: (N, C) or (N,)}` on the CPU.
+
+    Raises:
+        EvaluationError: naming an image that cannot be read.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    batches = []
+    for number, image_set in enumerate(image_sets):
+        own = [(number, index) for index in range(rank, len(image_set.prompts), world)]
+        batches.append([own[n : n + args.batch_size] for n in range(0, len(own), args.batch_size)])
+    prepare = {name: network.prepare for name, network in networks.items()} | {"sharpness": laplacian_variance}
+    loader = iter(
+        torch.utils.data.DataLoader(
+            Reader(image_sets, prepare),
+            batch_sampler=[batch for part in batches for batch in part],
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+    )
+    for image_set, own_batches in zip(image_sets, batches, strict=True):
+        parts = {}
+        for keys in own_batches:
+            inputs = next(loader)
+            if isinstance(inputs, str):
+                raise EvaluationError(inputs)
+            prompts = [image_set.prompts[index] for _, index in keys]
+            for need, values in inputs.items():
+                if need in networks:
+                    values = networks[need](values.to(accelerator.device, non_blocking=True), prompts)
+                parts.setdefault(need, []).append(values.cpu())
+        found = {}
+        for process, own in enumerate(gather_object([{need: torch.cat(rows) for need, rows in parts.items()}])):
+            for need, rows in own.items():
+                whole = found.setdefault(need, rows.new_empty(len(image_set.prompts), *rows.shape[1:]))
+                whole[process::world] = rows
+        yield found
+
+
 # Numbers
 
 
-def laplacian_variance(images) -> torch.Tensor:
-    """(B,): of the grey image (0.299 R + 0.587 G + 0.114 B, rounded), borders mirrored without the edge, as OpenCV."""
-    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], dtype=torch.float64).view(1, 1, 3, 3)
-    values = []
-    for image in images:
-        grey = torch.from_numpy(np.array(image.convert("L"))).double()[None, None]
-        values.append(F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="reflect"), kernel).var(correction=0))
-    return torch.stack(values)
+class FrechetDistance:
+    """To one set of features, whose covariance's square root is computed once.
 
+    `|m1 - m2|^2 + Tr S1 + Tr S2 - 2 Tr (S1 S2)^1/2` (Dowson and Landau, 1982), whose last trace is the sum of the
+    roots of the eigenvalues of `S1^1/2 S2 S1^1/2`: these are those of `S1 S2`, of a symmetric matrix.
 
-class Passthrough(nn.Module):
-    """Lets torchmetrics take features where it expects images."""
+    Args:
+        real: (N, C), of the real images.
+        device: where it computes, in float64.
+    """
 
-    def __init__(self, num_features):
-        super().__init__()
-        self.num_features = num_features
+    def __init__(self, real, device):
+        real = real.to(device).double()
+        self.mean = real.mean(0)
+        covariance = (real - self.mean).T @ (real - self.mean) / (len(real) - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        self.trace, self.root = covariance.trace(), vectors * values.clamp(min=0).sqrt() @ vectors.T
 
-    def forward(self, features):
-        return features
+    def to(self, generated) -> Callable:
+        """A function from indices (M,) into `generated`, (N, C), to the distance to the features at these indices."""
+        generated = generated.to(self.mean.device).double()
+        rooted = generated @ self.root
 
+        def distance(indices) -> float:
+            times = torch.bincount(indices.to(generated.device), minlength=len(generated))
+            rows, count = times.nonzero()[:, 0], len(indices)  # each once, with its weight
+            weight = times[rows, None].double()
+            mean = (weight * generated[rows]).sum(0) / count
+            trace = (weight * (generated[rows] - mean).square()).sum() / (count - 1)
+            centred = weight.sqrt() * (rooted[rows] - mean @ self.root)
+            # Of the two Gram matrices, which share their eigenvalues but for zeros, the smaller.
+            gram = centred.T @ centred if len(rows) > centred.shape[1] else centred @ centred.T
+            roots = torch.linalg.eigvalsh(gram / (count - 1)).clamp(min=0).sqrt()
+            return ((self.mean - mean).square().sum() + self.trace + trace - 2 * roots.sum()).item()
 
-def frechet_distance(real, generated) -> float:
-    """Of two sets of features, (N, C) and (M, C), float64. By one process, so that no other is waited for."""
-    metric = FrechetInceptionDistance(Passthrough(real.shape[1]), sync_on_compute=False)
-    metric.set_dtype(torch.float64)
-    metric.update(real, real=True)
-    metric.update(generated, real=False)
-    return metric.compute().item()
+        return distance
 
 
 def precision_and_recall(real, generated, nearest_k) -> dict:
@@ -444,77 +511,89 @@ def precision_and_recall(real, generated, nearest_k) -> dict:
     }
 
 
-def bootstrap_interval(function, count, args, biased=False):
+def bootstrap_interval(function, count, args, value=None):
     """The 2.5 % and 97.5 % percentiles of `function(indices)` over resampled indices; None without resamples.
 
-    Those of a `biased` one are moved so that their mean is the value itself: a Fréchet distance grows when images are
-    drawn twice.
+    Those of a biased function are moved so that their mean is its `value` of all: a Fréchet distance grows when images
+    are drawn twice.
     """
     if args.num_bootstrap == 0:
         return None
     generator = np.random.default_rng(args.seed)
     values = [function(torch.from_numpy(generator.integers(count, size=count))) for _ in range(args.num_bootstrap)]
-    moved = function(torch.arange(count)) - np.mean(values) if biased else 0.0
+    moved = 0.0 if value is None else value - np.mean(values)
     return (np.percentile(values, [2.5, 97.5]) + moved).tolist()
 
 
-def reference_features(real, networks, args) -> dict:
-    """Of the real images, for the metrics that compare with them, and their sharpness."""
-    reference = {
-        key: in_batches(networks[key], real, args.batch_size) for key in ("dinov2", "inception") if key in networks
-    }
-    if "sharpness" in args.metrics:
-        reference["sharpness"] = in_batches(laplacian_variance, real, args.batch_size).mean().item()
-    return reference
+def needed(metrics) -> list:
+    """What `extract` must make of images for these metrics."""
+    names = [name for name, (_, served) in NETWORKS.items() if served & set(metrics)]
+    return names + ["sharpness"] * ("sharpness" in metrics)
 
 
-def measure(images, prompts, metrics, reference, networks, args) -> dict:
+class Reference:
+    """The real images, as the metrics compare with them.
+
+    Args:
+        features: what `extract` gave.
+        device: where Fréchet distances are computed.
+    """
+
+    def __init__(self, features, metrics, device):
+        # Metal has no float64.
+        device = torch.device("cpu") if device.type == "mps" else device
+        self.features = features
+        self.frechet = {
+            key: FrechetDistance(features[key], device)
+            for metric, key in (("fid", "inception"), ("fdd", "dinov2"))
+            if metric in metrics
+        }
+
+
+def caption_tokens(captions, networks) -> float | None:
+    """Their mean length in CLIP's tokens, uncut and without the two marks; None without a network that counts so."""
+    tokenizers = [networks[name].tokenizer for name in ("hps", "clip", "aesthetic") if name in networks]
+    if not tokenizers:
+        return None
+    tokens = tokenizers[0](captions, add_special_tokens=False, verbose=False).input_ids
+    return sum(map(len, tokens)) / len(captions)
+
+
+def measure(features, metrics, reference, networks, args) -> dict:
     """`metrics` of one set of images.
 
     Args:
-        images: a sequence of PIL images that slices, such as `Loaded`.
-        prompts: as many strings.
+        features: what `extract` gave for them.
         metrics: names of `CHOICES`.
-        reference: what `reference_features` gave; empty for prompts without real images.
+        reference: the real images' `Reference`; None for prompts without real images.
         networks: what `load_networks` gave.
 
     Returns:
         `{name: {"value", "interval", "n", ...}}`, with "scores" where there is one for each image.
     """
-    count, results = len(images), {}
-
-    def per_image(name, scores, record):
-        mean = bootstrap_interval(lambda indices: scores[indices].mean().item(), count, args)
-        results[name] = {"value": scores.mean().item(), "interval": mean, "n": count, **record}
-        results[name]["scores"] = scores.tolist()
-
-    features = {
-        key: in_batches(networks[key], images, args.batch_size)
-        for key in ("inception", "dinov2")
-        if NETWORKS[key][1] & set(metrics)
-    }
+    results = {}
     for metric, key in (("fid", "inception"), ("fdd", "dinov2")):
         if metric in metrics:
-
-            def distance(indices, key=key):
-                return frechet_distance(reference[key], features[key][indices])
-
-            value, interval = distance(torch.arange(count)), bootstrap_interval(distance, count, args, biased=True)
+            count, distance = len(features[key]), reference.frechet[key].to(features[key])
+            value = distance(torch.arange(count))
+            interval = bootstrap_interval(distance, count, args, value)
             results[metric] = {"value": value, "interval": interval, "n": count, **networks[key].record}
     if "precision_recall" in metrics:
         record = networks["dinov2"].record | {"k": args.nearest_k}
-        found = precision_and_recall(reference["dinov2"], features["dinov2"], args.nearest_k)
+        found = precision_and_recall(reference.features["dinov2"], features["dinov2"], args.nearest_k)
         for name, near in found.items():
             # Resampled as shares of images; the neighbourhoods stay, since an image drawn twice is its own neighbour.
             interval = bootstrap_interval(lambda indices, near=near: near[indices].mean().item(), len(near), args)
-            results[name] = {"value": near.mean().item(), "interval": interval, "n": count, **record}
-    pairs = Loaded(lambda index: (images[index], prompts[index]), count)
-    for metric in ("hps", "aesthetic", "clip"):
+            results[name] = {
+                "value": near.mean().item(), "interval": interval, "n": len(features["dinov2"]), **record
+            }  # fmt: skip
+    for metric in ("hps", "aesthetic", "clip", "sharpness"):
         if metric in metrics:
-            per_image(metric, in_batches(networks[metric], pairs, args.batch_size), networks[metric].record)
-    if "sharpness" in metrics:
-        record = {"resize": "none"}
-        if "sharpness" in reference:
-            record["real images"] = round(reference["sharpness"], 2)
-        per_image("sharpness", in_batches(laplacian_variance, images, args.batch_size), record)
+            scores = features[metric].double()
+            mean = bootstrap_interval(lambda indices, scores=scores: scores[indices].mean().item(), len(scores), args)
+            record = {"resize": "none"} if metric == "sharpness" else networks[metric].record
+            results[metric] = {"value": scores.mean().item(), "interval": mean, "n": len(scores), **record}
+            if metric == "sharpness" and reference is not None:
+                results[metric]["real images"] = round(reference.features["sharpness"].mean().item(), 2)
+            results[metric]["scores"] = scores.tolist()
     return results

@@ -14,24 +14,27 @@
 """What `evaluate_adt.py` writes of its numbers: `report.json`, `report.md`, `report.html` and the plots.
 
 The tables and plots are those of *ADT: Tuning Diffusion Models with Adversarial Supervision*: metrics by pipeline
-(Table 1), by sampler (Table 2) and by training option (Table 3), win rates (Figure 3), and metrics against guidance
-scale and steps (Figure 5), training iteration (A2) and a training option such as lambda (A3).
+(Table 1), by sampler (Table 2) and by training option (Table 3), the dataset's own (Table A1), win rates (Figure 3),
+and metrics against guidance scale and steps (Figure 5), training iteration (A2) and a training option such as lambda
+(A3).
 
-`report.html` is one file that needs no network. Beside tables and plots it has a gallery, and a blind comparison whose
-votes it saves as `votes.json`; `count_votes` reads such files back.
+`report.html` is one file that needs no network. Beside tables and plots it has a gallery, and a blind comparison of
+two images or three, whose votes it saves as `votes.json`; `count_votes` and `count_rankings` read such files back.
 
 A report is a dict that JSON can hold:
 
 - "settings": "dataset_name", "dataset_config_name", "split", "num_images", "quality_prompts", "num_quality_prompts",
-  "resolution", "seed", "dtype", "num_bootstrap";
-- "pipelines": a list of {"name", "path", "lora", "weights", "run", "iteration", "training"}. "weights" stands for its
-  files of weights; "run" and "iteration" are set where it is a checkpoint of a training run; "training" is the content
-  of its `adt_config.json`, or None;
+  "resolution", "seed", "dtype", "timestep_spacing", "num_bootstrap";
+- "pipelines": a list of {"name", "path", "lora", "vae", "weights", "sampling", "run", "iteration", "training"}.
+  "weights" stands for its files of weights; "vae" is one in place of its own, or None; "sampling" is how it was called
+  beside sampler, steps, guidance and size, {option: value}; "run" and "iteration" are set where it is a checkpoint of
+  a training run; "training" is the content of its `adt_config.json`, or None;
 - "runs": a list of {"pipeline", "sampler", "steps", "guidance_scale", "images", "metrics"}: "images" has the folders
   of the sets of prompts "test" and "quality", relative to the report's own, with image n as `NNNNNN.png`; "metrics"
   has {name: {"value", "interval", "n", "prompts", ...}}, with "scores" where there is one for each image;
 - "floors": a list of {"name", "pipelines", "vae", "images", "metrics"}, with images and metrics as a run's: the real
   images through the VAE of these pipelines and back. They are compared with nothing, and drawn by no setting;
+- "real_images": {"n", "caption_tokens", "metrics"} of the dataset, whose metrics are of each image alone, or None;
 - "warnings": sentences.
 
 `metrics`, everywhere below, is {name: (description, direction)}; the direction is "lower" or "higher", whichever is
@@ -175,7 +178,7 @@ def report_id(report) -> str:
     """
     identity = {
         "settings": {key: value for key, value in report["settings"].items() if key != "num_bootstrap"},
-        "pipelines": [[pipeline["name"], pipeline["weights"]] for pipeline in report["pipelines"]],
+        "pipelines": [[entry[key] for key in ("name", "weights", "sampling")] for entry in report["pipelines"]],
         "runs": [[run["pipeline"], *setting(run), run["images"]] for run in report["runs"]],
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -199,8 +202,8 @@ def read_votes(file, report) -> list:
     names = [pipeline["name"] for pipeline in report["pipelines"]]
     runs = [(run["pipeline"], *setting(run)) for run in report["runs"]]
     for number, vote in enumerate(content["votes"], start=1):
-        pair = (vote.get("left"), vote.get("right"))
-        for name in pair:
+        compared = compared_names(vote)
+        for name in compared:
             if name not in names:
                 raise ReportError(f"{file}: vote {number} is on the pipeline {name!r}, which the report lacks.")
             if (name, *(vote.get(key) for key in SETTING)) not in runs:
@@ -208,15 +211,50 @@ def read_votes(file, report) -> list:
         index = vote.get("index")
         if not isinstance(index, int) or not 0 <= index < (counts.get(vote.get("set")) or 0):
             raise ReportError(f"{file}: vote {number} is on a prompt that the report lacks.")
-        if pair[0] == pair[1]:
-            raise ReportError(f"{file}: vote {number} is on {pair[0]} and itself.")
-        if vote.get("choice") not in ("left", "right", "tie"):
+        if len(set(compared)) < len(compared):
+            raise ReportError(f"{file}: vote {number} is on {compared[0]} and itself.")
+        if "ranking" in vote and len(compared) != 3:
+            raise ReportError(f"{file}: vote {number} ranks {len(compared)} pipelines, not three.")
+        if "ranking" not in vote and vote.get("choice") not in ("left", "right", "tie"):
             raise ReportError(f"{file}: vote {number} chooses {vote.get('choice')!r}; it may be left, right or tie.")
     return [vote | {"voter": content["voter"]} for vote in content["votes"]]
 
 
+def compared_names(vote) -> list:
+    """The pipelines that a vote is on: two, or those of a ranking, the best first."""
+    ranking = vote.get("ranking")
+    return ranking if isinstance(ranking, list) else [vote.get("left"), vote.get("right")]
+
+
+def last_votes(votes) -> list:
+    """The last vote of each voter on the same images."""
+    latest = {}
+    for vote in votes:
+        latest[vote["voter"], vote["set"], vote["index"], setting(vote), frozenset(compared_names(vote))] = vote
+    return list(latest.values())
+
+
+def count_rankings(files, report) -> list:
+    """How often people ranked which pipeline first, second and third, from `votes.json` files, see `count_votes`.
+
+    A list of {"pipeline", "among", "ranks", "mean_rank", "n"}, for each three that were ranked (the paper's human
+    study, Figure 3) and each of these: "among" are the three names, and "ranks" has three counts.
+    """
+    votes = last_votes([vote for file in files for vote in read_votes(file, report) if "ranking" in vote])
+    rows = []
+    for among in combinations([pipeline["name"] for pipeline in report["pipelines"]], 3):
+        rankings = [vote["ranking"] for vote in votes if set(vote["ranking"]) == set(among)]
+        for name in among if rankings else ():
+            ranks = [sum(ranking[rank] == name for ranking in rankings) for rank in range(3)]
+            mean_rank = sum(rank * count for rank, count in enumerate(ranks, start=1)) / len(rankings)
+            rows.append(
+                {"pipeline": name, "among": list(among), "ranks": ranks, "mean_rank": mean_rank, "n": len(rankings)}
+            )
+    return rows
+
+
 def count_votes(files, report) -> list:
-    """Human preference from `votes.json` files, as `report.html` saves them.
+    """Human preference from `votes.json` files, as `report.html` saves them; a ranking is a vote on each of its pairs.
 
     A voter's vote on one pair of images counts once, the last one given, in whatever files it is.
 
@@ -225,12 +263,12 @@ def count_votes(files, report) -> list:
     counted half, and "interval" is its 95 % Wilson interval. ReportError names the file that cannot be read, has
     another format, belongs to another report or names a pipeline that `report` lacks.
     """
-    latest = {}
+    pairs = []
     for vote in [vote for file in files for vote in read_votes(file, report)]:
-        pair = frozenset((vote["left"], vote["right"]))
-        latest[vote["voter"], vote["set"], vote["index"], setting(vote), pair] = vote
-    votes = list(latest.values())
-    rows = []
+        about = {name: value for name, value in vote.items() if name != "ranking"}
+        ranked = combinations(vote["ranking"], 2) if "ranking" in vote else ()
+        pairs += [about | {"left": better, "right": other, "choice": "left"} for better, other in ranked] or [vote]
+    votes, rows = last_votes(pairs), []
     for first, second in combinations([pipeline["name"] for pipeline in report["pipelines"]], 2):
         chosen = [
             vote.get(vote["choice"])  # the name on that side; None for a tie
@@ -314,6 +352,30 @@ def main_table(report, metrics) -> Table:
         )
         + FLOOR_NOTE * bool(report["floors"]),
     )
+
+
+def real_images_tables(report, metrics) -> list:
+    """What a dataset is like (Table A1)."""
+    real, settings = report["real_images"], report["settings"]
+    if real is None or not real["metrics"]:
+        return []
+    names = metric_names([real], metrics)
+    tokens = real["caption_tokens"]
+    row = [
+        text(settings["dataset_name"]),
+        settings["split"],
+        str(real["n"]),
+        "–" if tokens is None else f"{tokens:.2f}",
+    ]
+    return [
+        Table(
+            "Real images",
+            ["dataset", "split", "images", "tokens", *names],
+            "llrr" + "r" * len(names),
+            [row + [value_cell(real, name) for name in names]],
+            "The dataset's own images, with their own captions, whose mean length is in CLIP's tokens.",
+        )
+    ]
 
 
 def transfer_tables(report, metrics) -> list:
@@ -419,7 +481,14 @@ def preference_tables(report) -> list:
     ]
     header = ["preferred", "over", "wins", "ties", "losses", "votes", "share"]
     note = "Blind votes. Ties count half; in brackets the 95 % Wilson interval, which takes votes as independent."
-    return [Table("Human preference", header, "llrrrrr", rows, note)] if rows else []
+    tables = [Table("Human preference", header, "llrrrrr", rows, note)] if rows else []
+    ranks = [
+        [row["pipeline"], ", ".join(row["among"]), *map(str, row["ranks"]), f"{row['mean_rank']:.2f}", str(row["n"])]
+        for row in report["human_ranking"]
+    ]
+    header = ["pipeline", "among", "first", "second", "third", "mean rank ↓", "rankings"]
+    note = "Blind rankings of three images, which count above as votes on their pairs, too."
+    return tables + ([Table("Human ranking", header, "llrrrrr", ranks, note)] if ranks else [])
 
 
 def about_tables(report, metrics) -> list:
@@ -443,11 +512,12 @@ def about_tables(report, metrics) -> list:
         ),
         Table(
             "Pipelines",
-            ["name", "path", "adapters", "method", "iterations", "checkpoint of", "iteration"]
+            ["name", "path", "adapters", "VAE", "called with", "method", "iterations", "checkpoint of", "iteration"]
             + ["floor"] * bool(floors),
-            "llllrlr" + "l" * bool(floors),
+            "llllllrlr" + "l" * bool(floors),
             [
-                [pipeline["name"], pipeline["path"], text(pipeline["lora"])]
+                [pipeline["name"], pipeline["path"], text(pipeline["lora"]), text(pipeline["vae"])]
+                + [", ".join(f"{key} {value}" for key, value in pipeline["sampling"].items()) or "–"]
                 + [text((pipeline["training"] or {}).get(key)) for key in ("method", "iterations")]
                 + [text(pipeline["run"]), text(pipeline["iteration"])]
                 + [floor["name"] for floor in floors if pipeline["name"] in floor["pipelines"]]
@@ -662,7 +732,7 @@ def gallery_data(report, prompts, real_image, output_dir, num_gallery) -> dict:
 def write_report(report, metrics, prompts, real_image, output_dir, num_gallery, votes):
     """Writes `report.json`, `report.md`, `report.html` and `plots/` into `output_dir`.
 
-    report: see above; "win_rates" and "human_preference" are added to it.
+    report: see above; "win_rates", "human_preference" and "human_ranking" are added to it.
     prompts: {"test": [...], "quality": [...]}, either or both; image n of a set belongs to its prompt n.
     real_image: a function from an index of the set "test" to its PIL image, or None.
     num_gallery: how many prompts of each set the page shows; their images must be in `output_dir`.
@@ -670,8 +740,11 @@ def write_report(report, metrics, prompts, real_image, output_dir, num_gallery, 
     """
     output_dir = Path(output_dir)
     report["human_preference"] = count_votes(votes, report)
+    report["human_ranking"] = count_rankings(votes, report)
     report["win_rates"] = win_rates(report, metrics)
-    tables = [main_table(report, metrics), *transfer_tables(report, metrics), *training_tables(report, metrics)]
+    tables = [main_table(report, metrics)] if report["runs"] else []
+    tables += [*real_images_tables(report, metrics), *transfer_tables(report, metrics)]
+    tables += [*training_tables(report, metrics)]
     tables += [*win_rate_tables(report), *preference_tables(report), *about_tables(report, metrics)]
 
     plots = []

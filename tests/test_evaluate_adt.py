@@ -16,7 +16,7 @@ import scipy.linalg
 import tiny
 import torch
 from conftest import reset_accelerate
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from helpers import run_two_processes
 from PIL import Image, ImageFilter
 from prdc import compute_prdc
@@ -25,6 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import evaluate_adt as evaluation
 import evaluate_metrics as metrics
+import evaluate_pipelines as pipelines
 import evaluate_report
 from related import train_add
 from related.train_add import student_schedule
@@ -61,6 +62,7 @@ def options(sd15_path, sdxl_path, dinov2_path, clip_path, test_set_path, tmp_pat
             "--pipelines", f"one={sd15_path}", f"two={sdxl_path}", "--dataset_name", str(Path(test_set_path).parent),
             "--sampler", "ddim:2", "--dinov2_model_name_or_path", dinov2_path, "--dinov2_resolution", "16",
             "--clip_model_name_or_path", clip_path, "--num_bootstrap", "3", "--nearest_k", "2", "--batch_size", "4",
+            "--dataloader_num_workers", "0",
             "--output_dir", str(tmp_path / "report"), *map(str, more),
         ]  # fmt: skip
 
@@ -80,6 +82,26 @@ def run(options, tmp_path):
 @pytest.fixture
 def pictures(test_set_path):
     return [metrics.square(Image.open(file), 16) for file in sorted(Path(test_set_path).glob("*.png"))]
+
+
+ONE_PROCESS = types.SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+
+
+def features_of(images, chosen, networks, args):
+    """What the evaluation makes of PIL images for the chosen metrics, with empty prompts."""
+    image_set = metrics.ImageSet(images.__getitem__, [""] * len(images), metrics.needed(chosen))
+    [features] = metrics.extract([image_set], networks, args, ONE_PROCESS)
+    return features
+
+
+def measured(images, real, chosen, networks, args):
+    """The chosen metrics of PIL images against real ones."""
+    reference = metrics.Reference(features_of(real, chosen, networks, args), chosen, torch.device("cpu"))
+    return metrics.measure(features_of(images, chosen, networks, args), chosen, reference, networks, args)
+
+
+def frechet_distance(real, generated):
+    return metrics.FrechetDistance(real, torch.device("cpu")).to(generated)(torch.arange(len(generated)))
 
 
 def test_report_has_every_pipeline_sampler_and_metric(run, tmp_path):
@@ -116,7 +138,7 @@ def test_every_pipeline_sees_the_same_noise(run, tmp_path, sd15_path):
 
 def test_images_are_what_the_pipeline_makes(run, tmp_path, sd15_path):
     run("--pipelines", f"one={sd15_path}", "--metrics", "sharpness", "--sampler", "own:2", "--batch_size", 1)
-    pipeline = evaluation.DiffusionPipeline.from_pretrained(sd15_path)
+    pipeline = DiffusionPipeline.from_pretrained(sd15_path)
     image = pipeline(
         "a blue stripes 2",
         generator=evaluation.make_generator(0, "evaluation", 2),
@@ -125,6 +147,223 @@ def test_images_are_what_the_pipeline_makes(run, tmp_path, sd15_path):
     ).images[0]
     file = tmp_path / "report" / "images" / "test" / "one" / "own-2-guidance-7" / "000002.png"
     assert Image.open(file).tobytes() == image.tobytes()
+
+
+# How a model was trained to be sampled
+
+
+@pytest.fixture
+def trained(sd15_path, sdxl_path, sd3_path, tmp_path):
+    """A copy of a tiny pipeline beside what its training might have written of itself."""
+
+    def trained(family, options, inference=None, name="tuned"):
+        path = shutil.copytree({"sd15": sd15_path, "sdxl": sdxl_path, "sd3": sd3_path}[family], tmp_path / name)
+        facts = {"method": "adversarial diffusion tuning", "iterations": 1, "global_batch_size": 2}
+        facts |= {"inference": inference or {}, "training_options": {"resolution": 16} | options}
+        (path / "adt_config.json").write_text(json.dumps(facts))
+        return path
+
+    return trained
+
+
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+@pytest.mark.parametrize(
+    ("family", "stated", "loading", "call", "recorded"),
+    [
+        ("sd15", {"guidance_rescale": 0.7}, {}, {"guidance_rescale": 0.7}, {"guidance_rescale": 0.7}),
+        ("sd3", {"no_t5": True, "max_sequence_length": 20}, WITHOUT_T5, {"max_sequence_length": 20},
+         {"max_sequence_length": 20, "t5": False}),
+        # The second image is 25 wide and 20 high: at its centre the crop begins two pixels from the left.
+        ("sdxl", {"rollout_time_ids": "image"}, {}, {"original_size": (20, 25), "crops_coords_top_left": (0, 2)},
+         {"guidance_rescale": 0.0, "rollout_time_ids": "image"}),
+    ],
+    ids=["guidance_rescale", "without T5", "image's sizes"],
+)  # fmt: skip
+def test_sampled_as_trained(run, trained, tmp_path, family, stated, loading, call, recorded):
+    path = trained(family, stated)
+    chosen = ("--pipelines", f"one={path}", "--metrics", "sharpness", "--sampler", "own:2", "--num_images", 2)
+    report = run(*chosen)
+    folder = tmp_path / "report" / report["runs"][0]["images"]["test"]
+    prompt = json.loads((folder / "settings.json").read_text())["prompts"][1]
+
+    def drawn(loading, call):
+        pipeline = DiffusionPipeline.from_pretrained(path, **loading)
+        generator = evaluation.make_generator(0, "evaluation", 1)
+        return pipeline(prompt, generator=generator, num_inference_steps=2, guidance_scale=7.0, **call).images[0]
+
+    expected, plain = drawn(loading, call), drawn({}, {})
+    saved = np.array(Image.open(folder / "000001.png")).astype(int)
+    assert np.abs(saved - np.array(expected)).max() <= 1 < np.abs(saved - np.array(plain)).max()
+    assert report["pipelines"][0]["sampling"] == recorded
+    assert json.loads((folder / "settings.json").read_text())["sampling"] == recorded
+    shown = ", ".join(f"{key} {value}" for key, value in recorded.items())
+    assert shown in (tmp_path / "report" / "report.md").read_text()
+
+    # The command line overrides it, and images that were drawn otherwise are not taken for its own.
+    usual = {"sd15": ["--guidance_rescale", 0], "sd3": ["--t5", "--max_sequence_length", 256]}
+    usual = usual.get(family, ["--rollout_time_ids", "inference"])
+    with pytest.raises(evaluation.EvaluationError, match="images of other settings: sampling {"):
+        run(*chosen, *usual)
+    run(*chosen, *usual, "--output_dir", tmp_path / "usual")
+    saved = np.array(Image.open(tmp_path / "usual" / folder.relative_to(tmp_path / "report") / "000001.png"))
+    assert np.abs(saved.astype(int) - np.array(plain)).max() <= 1
+
+
+def test_adapters_and_checkpoints_are_sampled_as_trained(options, tmp_path, sd3_path, sdxl_path):
+    """Adapters on a base that says nothing, and a checkpoint by the options that it was made with."""
+    (tmp_path / "adapters").mkdir()
+    facts = {"inference": {}, "training_options": {"no_t5": True, "resolution": 16}}
+    (tmp_path / "adapters" / "adt_config.json").write_text(json.dumps(facts))
+    (tmp_path / "run" / "checkpoint-2" / "unet").mkdir(parents=True)
+    config = {"pretrained_model_name_or_path": sdxl_path, "guidance_rescale": 0.5, "rollout_time_ids": "image"}
+    manifest = {"iteration": 2, "config": config}
+    (tmp_path / "run" / "checkpoint-2" / "adt_checkpoint.json").write_text(json.dumps(manifest))
+    chosen = ("--pipelines", f"base={sd3_path}", f"tuned={sd3_path}", "--lora", f"tuned={tmp_path / 'adapters'}")
+    chosen += ("--checkpoints", f"run={tmp_path / 'run'}")
+
+    def sampling(*more):
+        args = evaluation.parse_args(options(*chosen, *more))
+        return [pipelines.sampling_options(candidate, args) for candidate in pipelines.find_candidates(args)]
+
+    assert sampling() == [
+        {"max_sequence_length": 256, "t5": True},
+        {"max_sequence_length": 256, "t5": False},
+        {"guidance_rescale": 0.5, "rollout_time_ids": "image"},
+    ]
+    assert sampling("--t5", "--guidance_rescale", 0.1) == [
+        {"max_sequence_length": 256, "t5": True},
+        {"max_sequence_length": 256, "t5": True},
+        {"guidance_rescale": 0.1, "rollout_time_ids": "image"},
+    ]
+
+
+def test_adapters_belong_to_the_vae_that_they_were_trained_with(options, sd15_path, tmp_path):
+    other = tiny.make_vae()
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.save_pretrained(tmp_path / "vae")
+    candidate = pipelines.Candidate("one", sd15_path, vae=str(tmp_path / "vae"))
+    args = evaluation.parse_args(options())
+    bias = pipelines.load_pipeline(candidate, args, "cpu").vae.decoder.conv_out.bias
+    assert torch.equal(bias, other.decoder.conv_out.bias)
+    facts = {"inference": {}, "training_options": {"pretrained_vae_model_name_or_path": "my-vae"}}
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adt_config.json").write_text(json.dumps(facts))
+    chosen = options("--pipelines", f"one={sd15_path}", "--lora", f"one={tmp_path / 'adapters'}")
+    [candidate] = pipelines.find_candidates(evaluation.parse_args(chosen))
+    with pytest.raises(evaluation.EvaluationError, match="one belongs to the VAE my-vae, .* with --vae one=PATH"):
+        pipelines.find_vae(candidate, args)
+    [candidate] = pipelines.find_candidates(evaluation.parse_args([*chosen, "--vae", f"one={tmp_path / 'vae'}"]))
+    assert pipelines.find_vae(candidate, args) == tmp_path / "vae"
+
+
+@pytest.mark.parametrize(("family", "sampler", "key"), [("sd3", "own", "sigmas"), ("sd15", "ddim", "timesteps")])
+def test_other_noise_levels_than_in_training_are_said(trained, options, family, sampler, key):
+    args = evaluation.parse_args(options("--sampler", f"{sampler}:4"))
+    path = trained(family, {})
+    base = DiffusionPipeline.from_pretrained(path).scheduler
+    scheduler = pipelines.make_scheduler(sampler, base, None)
+    scheduler.set_timesteps(4)
+    levels = getattr(scheduler, key).tolist()
+
+    def warnings(name, levels, steps=4):
+        inference = {"scheduler": type(scheduler).__name__, "num_inference_steps": steps, key: levels}
+        candidate = pipelines.Candidate(name, str(trained(family, {}, inference, name)))
+        args.resolution = None
+        candidate.training = pipelines.read_training_facts(candidate.path, args)
+        return pipelines.check_candidate(candidate, args)["warnings"]
+
+    assert warnings("same", levels) == [] == warnings("other-steps", [0.5] * 4, steps=5)
+    for name, changed in (("moved", [levels[0], levels[1] * 1.01, *levels[2:]]), ("shorter", levels[1:])):
+        [sentence] = warnings(name, changed)
+        assert sentence.startswith(f"{name} is sampled by other {key} ({levels[0]:.4g}, ") and "4 steps" in sentence
+
+
+def test_warnings_reach_the_report(run, trained, caplog, tmp_path):
+    path = trained("sdxl", {"rollout_time_ids": "image", "resolution": 24})
+    (tmp_path / "prompts.txt").write_text("a red disc")
+    run("--pipelines", f"one={path}", "--metrics", "clip", "sharpness", "--resolution", 16, "--num_images", 2,
+        "--quality_prompts", tmp_path / "prompts.txt")  # fmt: skip
+    for sentence in ("one was trained at 24 pixels a side, and draws 16 here.", "one is sampled under the real"):
+        assert sentence in (tmp_path / "report" / "report.md").read_text() and sentence in caplog.text
+
+
+def test_spacing_is_the_flags_else_the_pipelines(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipelines, "configure_sampler", lambda *key: seen.append(key))
+    base = PNDMScheduler.from_config({"timestep_spacing": "trailing"})
+    for flag in (None, "linspace"):
+        pipelines.make_scheduler("ddim", base, flag)
+    assert seen == [("ddim", base.config, None), ("ddim", base.config, "linspace")]
+    assert pipelines.make_scheduler("own", base, None) is base
+
+
+def test_spacing_by_flag(run, sd15_path, tmp_path):
+    only = ("--pipelines", f"one={sd15_path}", "--metrics", "sharpness", "--num_images", 2)
+    report = run(*only, "--timestep_spacing", "trailing")
+    settings = tmp_path / "report" / report["runs"][0]["images"]["test"] / "settings.json"
+    assert json.loads(settings.read_text())["scheduler"]["timestep_spacing"] == "trailing"
+    assert report["settings"]["timestep_spacing"] == "trailing"
+    with pytest.raises(evaluation.EvaluationError, match="scheduler {'timestep_spacing': 'trailing'}"):
+        run(*only, "--timestep_spacing", "linspace")
+
+
+# What is loaded and read
+
+
+def test_each_pipeline_is_loaded_once(run, sd15_path, monkeypatch, tmp_path):
+    loaded, original = [], UNet2DConditionModel.from_pretrained.__func__
+    monkeypatch.setattr(
+        UNet2DConditionModel,
+        "from_pretrained",
+        classmethod(lambda cls, *a, **k: loaded.append(a) or original(cls, *a, **k)),
+    )
+    only = (
+        "--pipelines",
+        f"one={sd15_path}",
+        "--metrics",
+        "sharpness",
+        "--num_images",
+        3,
+        "--sampler",
+        "ddim:1",
+        "euler:1",
+    )
+    run(*only)
+    assert len(loaded) == 1
+    run(*only, "--guidance_scale", 7)  # all images are there
+    assert len(loaded) == 1
+
+
+def test_each_image_is_read_once_by_workers(pictures, options, clip_path):
+    args = evaluation.parse_args(options("--batch_size", 3, "--num_bootstrap", 0))
+    networks = {"dinov2": metrics.DINOv2Features(args).eval(), "clip": metrics.CLIPScore(args).eval()}
+    chosen, read, prompts = ["fdd", "precision_recall", "clip", "sharpness"], [], ["a", "b"] * 5
+
+    def load(index):
+        read.append(index)
+        return pictures[index]
+
+    sets = [
+        metrics.ImageSet(load, prompts, metrics.needed(chosen)),
+        metrics.ImageSet(load, prompts[:4], ["sharpness"]),
+    ]
+    first = list(metrics.extract(sets, networks, args, ONE_PROCESS))
+    assert read == [*range(10), *range(4)]
+    assert [len(values) for values in first[0].values()] == [10] * 3 and first[1].keys() == {"sharpness"}
+    args.dataloader_num_workers = 2
+    second = list(metrics.extract(sets, networks, args, ONE_PROCESS))
+    assert len(read) == 14  # these were read in other processes
+    for one, two in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+    def refuse(index):
+        raise evaluation.EvaluationError(f"image {index} is bad")
+
+    with pytest.raises(evaluation.EvaluationError, match="^image 0 is bad$"):
+        list(metrics.extract([metrics.ImageSet(refuse, prompts, ["sharpness"])], networks, args, ONE_PROCESS))
 
 
 def test_few_step_flow_matching(run, sd3_path, tmp_path):
@@ -140,13 +379,13 @@ def test_few_step_flow_matching(run, sd3_path, tmp_path):
         shutil.move(tmp_path / "report", tmp_path / f"report-{size}")
         images.append([(tmp_path / f"report-{size}" / directory / f"{n:06d}.png").read_bytes() for n in range(10)])
     assert images[0] == images[1] and len(set(images[0])) == 10
-    pipeline = evaluation.DiffusionPipeline.from_pretrained(tmp_path / "student")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
     seen = []
     pipeline.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["timestep"][0].item()), with_kwargs=True
     )
     args = types.SimpleNamespace(seed=0, resolution=16)
-    evaluation.draw(pipeline, ["a red disc"], {"steps": 2, "guidance_scale": 1}, args, [0])
+    evaluation.draw(pipeline, ["a red disc"], {"steps": 2, "guidance_scale": 1}, lambda index: {}, args, [0])
     shift = pipeline.scheduler.config.shift
     assert seen == pytest.approx([1000, 1000 * shift * 0.5 / (1 + (shift - 1) * 0.5)])
 
@@ -337,7 +576,6 @@ def test_each_vae_has_one_floor(run, options, tmp_path, sd15_path, sdxl_path, pi
     assert reconstructed == [*range(6), *range(6)]  # not for each sampler, nor for the copy
     args = evaluation.parse_args(options())
     networks = {"dinov2": metrics.DINOv2Features(args).eval()}
-    reference = metrics.reference_features(pictures[:6], networks, args)
     for floor, path in zip(floors, (sd15_path, sdxl_path), strict=True):
         expected = by_hand(path, pictures[:6])
         for index, image in enumerate(expected):
@@ -345,8 +583,7 @@ def test_each_vae_has_one_floor(run, options, tmp_path, sd15_path, sdxl_path, pi
                 difference = np.array(saved).astype(int) - np.array(image)
             assert np.abs(difference).max() <= 1 and np.abs(difference).mean() < 0.01  # but for rounding
         chosen = ["fdd", "precision_recall", "sharpness"]
-        measured = metrics.measure(expected, [], chosen, reference, networks, args)
-        for name, result in measured.items():
+        for name, result in measured(expected, pictures[:6], chosen, networks, args).items():
             assert floor["metrics"][name]["value"] == pytest.approx(result["value"], rel=1e-3), name
         assert len(floor["metrics"]["clip"]["scores"]) == 6
     values = {entry["metrics"]["fdd"]["value"] for entry in floors}
@@ -428,6 +665,34 @@ def test_options_reach_what_they_name(run, options, tmp_path, sd15_path, test_se
     assert evaluation.load_reference(args)[1] == ["a red disc"] * 9 + [""]
 
 
+def test_real_images_alone(options, pictures, tmp_path, clip_path, capsys):
+    """The paper's Table A1, which needs no pipeline."""
+    torch.save(torch.nn.Linear(24, 1).state_dict(), tmp_path / "aesthetic.pth")
+    words = options(
+        "--metrics", "aesthetic", "clip", "--aesthetic_weights", tmp_path / "aesthetic.pth",
+        "--aesthetic_clip_model_name_or_path", clip_path,
+    )[3:]  # fmt: skip
+    for more, sentence in (
+        ((), "--resolution: there is no pipeline to say it"),
+        (("--metrics", "fdd"), "must name what"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluation.parse_args([*words, *more])
+        assert sentence in capsys.readouterr().err
+    args = evaluation.parse_args([*words, "--resolution", "16"])
+    evaluation.main(args)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    real, captions = report["real_images"], evaluation.load_reference(args)[1]
+    scorer = metrics.CLIPScore(args).eval()
+    lengths = [len(scorer.tokenizer(caption).input_ids) - 2 for caption in captions]  # less the begin and the end
+    assert (real["n"], real["caption_tokens"]) == (10, np.mean(lengths)) and len(set(lengths)) > 1
+    with torch.no_grad():
+        expected = scorer(torch.stack([scorer.prepare(picture) for picture in pictures]), captions)
+    assert real["metrics"]["clip"]["scores"] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert real["metrics"].keys() == {"aesthetic", "clip"} and not (tmp_path / "report" / "images").exists()
+    assert f"| test | 10 | {np.mean(lengths):.2f} |" in (tmp_path / "report" / "report.md").read_text()
+
+
 # The metrics
 
 
@@ -436,11 +701,31 @@ def test_frechet_distance_against_scipy():
     real = torch.randn(200, 12, generator=generator, dtype=torch.float64)
     other = 1.3 * torch.randn(150, 12, generator=generator, dtype=torch.float64) + 0.2
     expected = expected_frechet_distance(real.numpy(), other.numpy())
-    assert metrics.frechet_distance(real, other) == pytest.approx(expected, rel=1e-6)
-    assert metrics.frechet_distance(real, real) == pytest.approx(0, abs=1e-6)
-    assert metrics.frechet_distance(real[torch.randperm(200, generator=generator)], other) == pytest.approx(
-        expected, rel=1e-9
-    )
+    assert frechet_distance(real, other) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(real, real) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(real[torch.randperm(200, generator=generator)], other) == pytest.approx(expected, rel=1e-9)
+    # Of images that are drawn several times, more of them than features and fewer.
+    distance = metrics.FrechetDistance(real, torch.device("cpu")).to(other)
+    for count in (300, 9):
+        indices = torch.randint(100, (count,), generator=generator)
+        expected = expected_frechet_distance(real.numpy(), other[indices].numpy())
+        assert distance(indices) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_resamples_take_one_root(monkeypatch):
+    """The real side's, once; each distance then has the eigenvalues of a symmetric matrix."""
+    calls, originals = [], {name: getattr(torch.linalg, name) for name in ("eigh", "eigvalsh", "eigvals")}
+    for name, original in originals.items():
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *args, name=name, original=original: calls.append(name) or original(*args)
+        )
+    generator = torch.Generator().manual_seed(0)
+    features = {"dinov2": torch.randn(40, 6, generator=generator)}
+    reference = metrics.Reference({"dinov2": torch.randn(50, 6, generator=generator)}, ["fdd"], torch.device("cpu"))
+    networks = {"dinov2": types.SimpleNamespace(record={})}
+    args = types.SimpleNamespace(num_bootstrap=7, seed=0)
+    metrics.measure(features, ["fdd"], reference, networks, args)
+    assert calls == ["eigh"] + ["eigvalsh"] * 8
 
 
 def test_precision_and_recall_by_hand():
@@ -466,21 +751,19 @@ def test_precision_and_recall_are_prdcs(capsys):
 
 
 def test_sharpness_is_opencvs(pictures):
-    values = metrics.laplacian_variance(pictures)
-    for picture, value in zip(pictures, values, strict=True):
+    for picture in pictures:
         grey = np.array(picture.convert("L"))
-        assert value.item() == pytest.approx(cv2.Laplacian(grey, cv2.CV_64F).var(), rel=1e-12)
+        assert metrics.laplacian_variance(picture).item() == pytest.approx(
+            cv2.Laplacian(grey, cv2.CV_64F).var(), rel=1e-12
+        )
 
 
 def test_blur_is_worse(pictures, options):
     args = evaluation.parse_args(options())
     dinov2 = metrics.DINOv2Features(args).eval()
     blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
-    reference = {"dinov2": metrics.in_batches(dinov2, pictures, 4)}
-    args.metrics = ["fdd", "sharpness"]
     same, worse = (
-        metrics.measure(images, [], args.metrics, reference, {"dinov2": dinov2}, args)
-        for images in (pictures, blurred)
+        measured(images, pictures, ["fdd", "sharpness"], {"dinov2": dinov2}, args) for images in (pictures, blurred)
     )
     assert same["fdd"]["value"] == pytest.approx(0, abs=1e-7) and worse["fdd"]["value"] > 1e-5
     assert worse["sharpness"]["value"] < 0.5 * same["sharpness"]["value"]
@@ -489,24 +772,26 @@ def test_blur_is_worse(pictures, options):
 def test_the_order_of_images_does_not_matter(pictures, options):
     args = evaluation.parse_args(options("--num_bootstrap", 0))
     networks = {"dinov2": metrics.DINOv2Features(args).eval()}
-    reference = {"dinov2": metrics.in_batches(networks["dinov2"], pictures, 4)}
     chosen = ["fdd", "precision_recall", "sharpness"]
     others = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in pictures]
-    first, second = (
-        metrics.measure(images, [], chosen, reference, networks, args) for images in (others, others[::-1])
-    )
+    first, second = (measured(images, pictures, chosen, networks, args) for images in (others, others[::-1]))
     assert first.keys() == {"fdd", "precision", "recall", "sharpness"}
     for name, result in first.items():
         assert second[name]["value"] == pytest.approx(result["value"], rel=1e-6, abs=1e-7), name
 
 
+def normalised(pictures):
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in metrics.CLIP)
+    return torch.stack([(torch.from_numpy(np.array(p)).permute(2, 0, 1) / 255 - mean) / std for p in pictures])
+
+
 def test_clip_score_is_the_models_logits(pictures, options, clip_path):
     scorer = metrics.CLIPScore(evaluation.parse_args(options())).eval()
     captions = [f"a red disc {n}" for n in range(len(pictures))]
-    scores = scorer(list(zip(pictures, captions, strict=True)))
+    scores = scorer(torch.stack([scorer.prepare(picture) for picture in pictures]), captions)
     model = CLIPModel.from_pretrained(clip_path).eval()
     tokens = scorer.tokenizer(captions, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
-    inputs = metrics.normalise(pictures, metrics.CLIP)
+    inputs = normalised(pictures)
     logits = model(pixel_values=inputs, **tokens).logits_per_image / model.logit_scale.exp()
     assert torch.allclose(scores.float(), 100 * logits.diagonal(), atol=1e-4)
 
@@ -637,8 +922,8 @@ def test_hps_is_open_clips_cosine(run, options, pictures, clip_path, sd15_path, 
     ends = (tokens.input_ids == scorer.tokenizer.eos_token_id).int().argmax(1)
     assert len(set(ends.tolist())) > 2  # of various lengths, one cut
     with torch.no_grad():
-        expected = 100 * network(metrics.normalise(pictures, metrics.CLIP), tokens.input_ids, ends)
-        scores = scorer(list(zip(pictures, prompts, strict=True)))
+        expected = 100 * network(normalised(pictures), tokens.input_ids, ends)
+        scores = scorer(torch.stack([scorer.prepare(picture) for picture in pictures]), prompts)
     assert torch.allclose(scores.float(), expected, atol=1e-4) and expected.std() > 0.1
     result = run("--pipelines", f"one={sd15_path}", "--metrics", "hps", *chosen)["runs"][0]["metrics"]["hps"]
     assert result["features"] == "HPS.pt" and result["n"] == 10 and len(result["scores"]) == 10
@@ -663,11 +948,9 @@ def test_aesthetic_score_is_linear_on_the_embedding(options, pictures, clip_path
     scorer = metrics.AestheticScore(evaluation.parse_args(options(*chosen))).eval()
     model = CLIPModel.from_pretrained(clip_path).eval()
     with torch.no_grad():
-        output = model(
-            pixel_values=metrics.normalise(pictures, metrics.CLIP), input_ids=torch.ones(1, 12, dtype=torch.long)
-        )
+        output = model(pixel_values=normalised(pictures), input_ids=torch.ones(1, 12, dtype=torch.long))
         expected = layers(output.image_embeds)[:, 0]  # which are normalised
-        scores = scorer([(picture, "") for picture in pictures])
+        scores = scorer(torch.stack([scorer.prepare(picture) for picture in pictures]), [""] * len(pictures))
     assert torch.allclose(scores.float(), expected, atol=1e-5) and expected.std() > 1e-4
 
 
@@ -679,7 +962,7 @@ def test_win_rate_and_bootstrap_by_hand(options):
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.03) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.03)
     assert metrics.bootstrap_interval(lambda indices: 1.0, 100, args) == [1, 1]
     different = lambda indices: len(set(indices.tolist())) / 100  # noqa: E731
-    biased = metrics.bootstrap_interval(different, 100, args, biased=True)
+    biased = metrics.bootstrap_interval(different, 100, args, value=1.0)
     assert biased[0] < 1.0 < biased[1]  # every resample has about 63 different ones, the set itself 100
     assert metrics.bootstrap_interval(None, 100, evaluation.parse_args(options("--num_bootstrap", 0))) is None
 
@@ -703,6 +986,9 @@ def test_win_rate_and_bootstrap_by_hand(options):
         (("--resolution", 0), "--resolution: must be greater than 0"),
         (("--checkpoints", "run"), "takes NAME=PATH"),
         (("--checkpoints", "a@b=run"), "cannot be a folder's name"),
+        (("--vae", "three=x"), "there is no pipeline or run three"),
+        (("--sampler", "own:2", "--timestep_spacing", "trailing"), "--timestep_spacing is of the named samplers"),
+        (("--guidance_rescale", 2), "--guidance_rescale: must lie in [0, 1]"),
     ],
 )
 def test_bad_options(options, capsys, more, sentence):
@@ -741,6 +1027,7 @@ def test_bad_options(options, capsys, more, sentence):
         (("--quality_prompts", "nowhere.txt"), "--quality_prompts nowhere.txt cannot be read"),
         (("--checkpoints", "a=nowhere"), "nowhere has no checkpoints of a training run"),
         (("--votes", "nowhere.json"), "nowhere.json"),
+        (("--max_sequence_length", 16), "--max_sequence_length is given, which none of the pipelines takes"),
         (("--update_model_card", "nowhere"), "There is no model card nowhere"),
     ],
 )
@@ -771,6 +1058,37 @@ def test_pipelines_that_cannot_be_loaded_are_refused_before_generating(run, sd15
     (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(evaluation.EvaluationError, match="broken cannot be loaded: .*diffusion_pytorch_model"):
         run("--pipelines", f"good={sd15_path}", f"bad={tmp_path / 'broken'}")
+
+
+def test_damaged_weights_are_found_without_loading_them(options, sd15_path, tmp_path):
+    args = evaluation.parse_args(options())
+    candidate = pipelines.Candidate("one", str(shutil.copytree(sd15_path, tmp_path / "model")))
+    whole = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def refused(match):
+        with pytest.raises(evaluation.EvaluationError, match=f"model cannot be loaded: .*{match}"):
+            pipelines.load_pipeline(candidate, args, "meta")
+
+    unet = pipelines.load_pipeline(candidate, args, "meta").unet
+    assert {value.device.type for value in unet.parameters()} == {"meta"}
+    whole.write_bytes(whole.read_bytes()[:-10])
+    refused("")
+    whole.unlink()
+    shutil.copy(Path(sd15_path, "unet", whole.name), tmp_path / whole.name)
+    pickled = whole.with_suffix(".bin")
+    torch.save(load_file(tmp_path / whole.name), pickled)
+    pipelines.load_pipeline(candidate, args, "meta")
+    pickled.write_bytes(pickled.read_bytes()[:-1000])
+    refused("")
+    pickled.unlink()
+    UNet2DConditionModel.from_pretrained(sd15_path, subfolder="unet").save_pretrained(
+        whole.parent, max_shard_size="500KB"
+    )
+    first, *others = sorted(whole.parent.glob("*-of-*.safetensors"))
+    assert others
+    pipelines.load_pipeline(candidate, args, "meta")
+    first.unlink()
+    refused(first.name)
 
 
 def test_output_that_cannot_be_written_is_refused(run, tmp_path, monkeypatch):

@@ -46,8 +46,8 @@ PROMPTS = {
 
 def pipeline(name, training=None, run=None, iteration=None):
     return {
-        "name": name, "path": f"models/{name}", "lora": None, "weights": f"of {name}", "run": run,
-        "iteration": iteration, "training": training,
+        "name": name, "path": f"models/{name}", "lora": None, "vae": None, "weights": f"of {name}",
+        "sampling": {"guidance_rescale": 0.0}, "run": run, "iteration": iteration, "training": training,
     }  # fmt: skip
 
 
@@ -80,9 +80,16 @@ def make_report(pipelines, settings=(("ddim", 50, 7.0),), sets=("test", "quality
     settings = {
         "dataset_name": "user/captions", "dataset_config_name": None, "split": "test", "num_images": 5,
         "quality_prompts": "hps", "num_quality_prompts": 3, "resolution": 16, "seed": 0, "dtype": "float32",
-        "num_bootstrap": 100,
+        "timestep_spacing": None, "num_bootstrap": 100,
     }  # fmt: skip
-    return {"settings": settings, "pipelines": pipelines, "runs": runs, "floors": [], "warnings": []}
+    return {
+        "settings": settings,
+        "pipelines": pipelines,
+        "runs": runs,
+        "floors": [],
+        "real_images": None,
+        "warnings": [],
+    }
 
 
 def make_floor(name, pipelines, value):
@@ -142,6 +149,12 @@ def vote(left, right, choice, **changes):
     return entry | {"left": left, "right": right, "choice": choice} | changes
 
 
+def ranked(*names, **changes):
+    """A vote that ranks the pipelines, the best first."""
+    about = {key: value for key, value in vote(None, None, None).items() if key not in ("left", "right", "choice")}
+    return about | {"ranking": list(names)} | changes
+
+
 @pytest.fixture
 def votes_file(tmp_path):
     def votes_file(report, votes, name="votes.json", changes=None):
@@ -169,6 +182,37 @@ def test_votes_of_several_people_are_counted(votes_file, write):
     assert "Human preference" not in write(report)[0]
 
 
+def test_rankings_are_counted_and_are_votes_on_their_pairs(votes_file, write):
+    report = make_report([pipeline("a"), pipeline("b"), pipeline("c"), pipeline("d")])
+    mine = [
+        ranked("a", "b", "c"),
+        ranked("b", "a", "c", index=1),
+        vote("c", "a", "left", index=2),
+        vote("a", "b", "tie"),
+    ]
+    # Given again the other way round, with the pairs: the last one counts.
+    theirs = [ranked("c", "b", "a"), ranked("b", "c", "a"), ranked("d", "b", "a", index=3)]
+    files = [votes_file(report, mine), votes_file(report, theirs, "2.json")]
+    first, second = reporting.count_rankings(files, report)[:3], reporting.count_rankings(files, report)[3:]
+    assert [(row["pipeline"], row["ranks"], row["n"]) for row in first] == [
+        ("a", [1, 1, 1], 3), ("b", [2, 1, 0], 3), ("c", [0, 1, 2], 3)
+    ]  # fmt: skip
+    assert [row["mean_rank"] for row in first] == pytest.approx([2, 4 / 3, 8 / 3])
+    assert {tuple(row["among"]) for row in first} == {("a", "b", "c")}
+    assert [(row["pipeline"], row["ranks"]) for row in second] == [
+        ("a", [0, 0, 1]), ("b", [0, 1, 0]), ("d", [1, 0, 0])
+    ]  # fmt: skip
+    rows = {(row["first"], row["second"]): row for row in reporting.count_votes(files, report)}
+    # a over b: mine a tie, given after the ranking, and a loss; theirs two losses. a over c: two wins; two losses.
+    assert [rows["a", "b"][key] for key in ("wins", "ties", "losses")] == [0, 1, 3]
+    assert [rows["a", "c"][key] for key in ("wins", "ties", "losses")] == [2, 0, 2]
+    assert [rows["b", "c"][key] for key in ("wins", "ties", "losses")] == [3, 0, 0]
+    markdown, page, content = write(report, files)
+    assert "| b | a, b, c | 2 | 1 | 0 | 1.33 | 3 |" in markdown and "<h2>Human ranking</h2>" in page
+    assert content["human_ranking"] == first + second
+    assert "Human ranking" not in write(report)[0]
+
+
 def test_wilson_interval_by_hand():
     # 8 of 10, as in Wilson's formula by hand; and it stays in [0, 1].
     assert reporting.wilson_interval(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
@@ -190,6 +234,10 @@ def test_wilson_interval_by_hand():
         ([vote("a", "b", "left", set="other")], {}, "vote 1 is on a prompt that the report lacks"),
         ([vote("a", "b", "both")], {}, "votes.json: vote 1 chooses 'both'"),
         ([vote("a", "b", "left", steps=20)], {}, "votes.json: vote 1 is on a sampler, .* guidance that a lacks"),
+        ([ranked("a", "b", "c")], {}, "vote 1 is on the pipeline 'c', which"),
+        ([ranked("a", "b", "a")], {}, "vote 1 is on a and itself"),
+        ([ranked("a", "b")], {}, "vote 1 ranks 2 pipelines, not three"),
+        ([ranked("a", "b") | {"ranking": "ab"}], {}, "vote 1 is on the pipeline None, which"),
     ],
 )
 def test_bad_votes_are_refused(votes_file, votes, changes, sentence):
@@ -257,6 +305,21 @@ def test_main_table(write):
     assert "Sampler transfer" not in markdown and "Training settings" not in markdown
     report["settings"]["num_bootstrap"] = 0
     assert "no intervals" in write(report)[0]
+
+
+def test_real_images_table(write):
+    """The paper's Table A1; without pipelines it is the only one of numbers."""
+    metrics = {"clip": {"value": 28.92, "interval": [28.9, 28.95], "n": 5, "prompts": "test"}}
+    report = make_report([pipeline("a")])
+    report["real_images"] = {"n": 5, "caption_tokens": 49.304, "metrics": metrics}
+    row = "| user/captions | test | 5 | 49.30 | 28.92 (28.9 to 28.95) |"
+    assert row in write(report)[0]
+    report["pipelines"], report["runs"] = [], []
+    markdown, page, _ = write(report)
+    assert "| dataset | split | images | tokens | clip |" in markdown and row in markdown
+    assert "## Results" not in markdown and "<h2>Real images</h2>" in page
+    report["real_images"]["caption_tokens"] = None
+    assert "| 5 | – | 28.92" in write(report)[0]
 
 
 def test_one_pipeline_has_no_best_and_a_missing_metric_a_dash(write):
@@ -755,6 +818,40 @@ def test_blind_votes_are_saved_and_counted(browser, page, tmp_path):
     assert browser.find_element(By.ID, "progress").text == "1 of 7"
 
 
+def test_three_are_ranked(browser, page, tmp_path):
+    """By key and by click; the file's rankings are what was chosen, the best first."""
+    folder, report = page
+    choose(browser, "third", "tuned@2")
+    click(browser, "#start")
+    of = {saved_pixels(folder, name, n, f"ddim-50-guidance-7{kind}"): name for name in ("base", "tuned", "tuned@2")
+          for kind, count in (("", 4), ("-quality", 3)) for n in range(count)}  # fmt: skip
+    keys, expected = {"left": Keys.ARROW_LEFT, "middle": Keys.ARROW_DOWN, "right": Keys.ARROW_RIGHT}, []
+    for number, order in enumerate((("left", "right"), ("middle", "left"), ("right", "middle"))):
+        sides = {side: decode(browser.find_element(By.ID, side).get_property("src"))[1].tobytes() for side in keys}
+        names = {side: of[pixels] for side, pixels in sides.items()}
+        assert set(names.values()) == {"base", "tuned", "tuned@2"} and not shown_tie(browser)
+        for question, side in zip(("Which is the best?", "Which is the second best?"), order, strict=True):
+            assert browser.find_element(By.ID, "question").text == question
+            press(browser, keys[side]) if number % 2 else click(browser, f"[data-choice={side}]")
+            press(browser, keys[side]) if side == order[0] else None  # once more, which is not taken for the second
+        [last] = keys.keys() - set(order)
+        expected.append([names[order[0]], names[order[1]], names[last]])
+    press(browser, Keys.ESCAPE)
+    file = download(browser, tmp_path)
+    assert [vote["ranking"] for vote in json.loads(file.read_text())["votes"]] == expected
+    rows = reporting.count_rankings([file], report)
+    assert [row["ranks"][0] for row in rows] == [
+        sum(ranking[0] == name for ranking in expected) for name in ("base", "tuned", "tuned@2")
+    ]
+    choose(browser, "third", "nothing")
+    click(browser, "#start")
+    assert not shown(browser, "middle") and shown_tie(browser) and browser.find_element(By.ID, "question").text == ""
+
+
+def shown_tie(browser):
+    return browser.find_element(By.CSS_SELECTOR, "[data-choice=tie]").is_displayed()
+
+
 def test_order_and_sides_are_random(browser, page):
     # A generator with a seed in place of the browser's, so that this test gives one result only.
     browser.execute_script("let state = 1; Math.random = () => (state = state * 16807 % 2147483647) / 2147483647")
@@ -778,7 +875,7 @@ def test_votes_survive_a_reload_and_the_setting_counts(browser, page):
     assert set(before[2:]) == {"tuned@2", "base"}
     browser.refresh()
     assert shown(browser, "continue") and not shown(browser, "vote") and not shown(browser, "tally")
-    assert browser.find_element(By.ID, "message").text.startswith("2 votes, 5 of 7 pairs to go")
+    assert browser.find_element(By.ID, "message").text.startswith("2 votes, 5 of 7 prompts to go")
     click(browser, "#continue")
     assert browser.find_element(By.ID, "progress").text == "3 of 7"
     assert current_pair(browser, page, "euler-30-guidance-1.5") == before
@@ -803,7 +900,7 @@ def test_pairs_that_a_smaller_gallery_lacks_are_not_shown(browser, page, tmp_pat
     shutil.copytree(folder / "images", tmp_path / "images")
     reporting.write_report(copy.deepcopy(report), METRICS, PROMPTS, real_image, tmp_path, 1, [])
     browser.get((tmp_path / "report.html").as_uri())
-    assert browser.find_element(By.ID, "message").text.startswith("0 votes, 2 of 7 pairs to go")
+    assert browser.find_element(By.ID, "message").text.startswith("0 votes, 2 of 7 prompts to go")
     click(browser, "#continue")
     assert current_pair(browser, page)[1] == 0
 
@@ -811,7 +908,7 @@ def test_pairs_that_a_smaller_gallery_lacks_are_not_shown(browser, page, tmp_pat
 def test_a_pair_of_one_is_refused(browser):
     choose(browser, "second", "base")
     click(browser, "#start")
-    assert browser.find_element(By.ID, "message").text == "Choose two different pipelines."
+    assert browser.find_element(By.ID, "message").text == "Choose different pipelines."
     assert not shown(browser, "vote")
 
 
