@@ -133,6 +133,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--dataloader_num_workers", type=non_negative_int, default=4, help="Processes that read images to be measured."
     )
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="To sample in.")
+    add_metric_arguments(parser)
+    parser.add_argument(
+        "--vae_floor", action=argparse.BooleanOptionalAction, default=False,
+        help="Also measures the real images as each pipeline's VAE gives them back.",
+    )  # fmt: skip
+    parser.add_argument("--num_gallery", type=non_negative_int, default=24, help="Prompts in report.html's gallery.")
+    parser.add_argument(
+        "--votes", nargs="+", default=[], metavar="FILE", help="Votes that the blind comparison in report.html saved."
+    )
+    parser.add_argument(
+        "--update_model_card", default=None, metavar="PATH",
+        help="A pipeline's card, or NAME=PATH for that of pipeline NAME: its results become the card's metadata.",
+    )  # fmt: skip
+    parser.add_argument("--output_dir", default="report", help="Where images and reports are written.")
+    return parser
+
+
+def add_metric_arguments(parser):
     parser.add_argument(
         "--metrics", nargs="+", default=["fdd", "precision_recall", "clip", "sharpness"],
         help=f"Of {', '.join(CHOICES)}.",
@@ -158,20 +176,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_bootstrap", type=non_negative_int, default=100, help="Resamples for the 95 %% intervals."
     )
-    parser.add_argument(
-        "--vae_floor", action=argparse.BooleanOptionalAction, default=False,
-        help="Also measures the real images as each pipeline's VAE gives them back.",
-    )  # fmt: skip
-    parser.add_argument("--num_gallery", type=non_negative_int, default=24, help="Prompts in report.html's gallery.")
-    parser.add_argument(
-        "--votes", nargs="+", default=[], metavar="FILE", help="Votes that the blind comparison in report.html saved."
-    )
-    parser.add_argument(
-        "--update_model_card", default=None, metavar="PATH",
-        help="A pipeline's card, or NAME=PATH for that of pipeline NAME: its results become the card's metadata.",
-    )  # fmt: skip
-    parser.add_argument("--output_dir", default="report", help="Where images and reports are written.")
-    return parser
 
 
 def add_sampling_arguments(group):
