@@ -270,13 +270,11 @@ def load_pipeline(candidate, args, device):
         else:  # only those that are not the pipeline's own
             replaced = {"vae": candidate.vae, "unet": candidate.network, "transformer": candidate.network}
             models = {
-                name: kind.from_pretrained(folder, torch_dtype=dtype)
+                name: kind.from_pretrained(folder, dtype=dtype)
                 for name, (kind, folder) in model_folders(candidate, args).items()
                 if replaced.get(name) is not None
             }
-        pipeline = DiffusionPipeline.from_pretrained(
-            find_folder(candidate, args), torch_dtype=dtype, **absent, **models
-        )
+        pipeline = DiffusionPipeline.from_pretrained(find_folder(candidate, args), dtype=dtype, **absent, **models)
         if candidate.lora is not None:
             pipeline.load_lora_weights(candidate.lora, cache_dir=args.cache_dir)
     except Exception as error:  # diffusers, transformers, safetensors and peft have a dozen kinds
@@ -381,7 +379,7 @@ def check_candidate(candidate, args) -> dict:
     vae = None
     if args.vae_floor:
         kind, folder = models["vae"]
-        vae = vae_digest(kind.from_pretrained(folder, torch_dtype=getattr(torch, args.dtype)))
+        vae = vae_digest(kind.from_pretrained(folder, dtype=getattr(torch, args.dtype)))
     return {"samplers": samplers, "weights": weights, "vae": vae, "warnings": warnings}
 
 
