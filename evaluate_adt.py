@@ -565,7 +565,7 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
         {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
         for candidate, (sampler, steps), guidance_scale in product(candidates, args.sampler, args.guidance_scale)
     ]
-    called = {candidate.name: candidate.training["inference"] for candidate in candidates if candidate.training}
+    called = {candidate.name: candidate.inference for candidate in candidates}
     # Those of a call; beside a number of steps they are the scheduler's, as `level_warnings` reads them.
     student_sigmas = {
         name: call["sigmas"] for name, call in called.items() if "sigmas" in call and "num_inference_steps" not in call
@@ -593,10 +593,11 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
         "runs": runs,
         "floors": find_floors(facts) if args.vae_floor else [],
         "real_images": None,
-        "warnings": [warning for found in facts.values() for warning in found["warnings"]],
+        # A run's checkpoints share theirs.
+        "warnings": list(dict.fromkeys(warning for found in facts.values() for warning in found["warnings"])),
     }
     for entry in report["pipelines"]:
-        del entry["options"]  # which a checkpoint has with the paths of its machine
+        del entry["options"], entry["inference"]  # which "training" has, a checkpoint's with paths of its machine
     if dataset is not None and len(dataset) < FEW_IMAGES and NEED_REAL_IMAGES & set(args.metrics):
         report["warnings"].append(
             f"{len(dataset)} images are few for a Fréchet distance, whose bias grows as they get fewer, and for "
@@ -615,6 +616,7 @@ def prepare_output(report, sets, facts, dataset, args):
             **{key: entry[key] for key in ("path", "lora", "network", "vae", "weights", "sampling")},
             "scheduler": facts[run["pipeline"]]["samplers"][run["sampler"]],
             "steps": run["steps"],
+            "student_sigmas": run.get("student_sigmas"),
             "guidance_scale": run["guidance_scale"],
             **{key: report["settings"][key] for key in ("resolution", "seed", "dtype")},
             "prompts": prompts,

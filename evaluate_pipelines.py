@@ -59,6 +59,7 @@ class Candidate:
     scheduler: str | None = None  # a scheduler's configuration, in place of the pipeline's
     vae: str | None = None  # in place of the pipeline's
     options: dict = field(default_factory=dict)  # what it was trained with
+    inference: dict = field(default_factory=dict)  # how training, once it has ended, says that it sampled
     sampling: dict = field(default_factory=dict)  # `sampling_options`
 
 
@@ -69,6 +70,7 @@ def find_candidates(args) -> list[Candidate]:
         candidate = Candidate(name, path, lora, training=read_training_facts(lora or path, args))
         if candidate.training is not None:
             candidate.options = candidate.training["training_options"]
+            candidate.inference = candidate.training["inference"]
         if lora is not None:  # adapters come with the sampler, and belong to the VAE, that they were trained for
             candidate.scheduler = find_file(lora, "scheduler/scheduler_config.json", args)
             candidate.vae = candidate.options.get("pretrained_vae_model_name_or_path")
@@ -106,11 +108,13 @@ def checkpoint_candidates(run, folder) -> list[Candidate]:
     found = [path for path in list_checkpoints(folder) if (path / "adt_checkpoint.json").is_file()]
     if not found:
         raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
-    candidates = []
+    result, candidates = folder / "adt_config.json", []
+    inference = json.loads(result.read_text())["inference"] if result.is_file() else {}
     for checkpoint in found:
         facts = json.loads((checkpoint / "adt_checkpoint.json").read_text())
         iteration, base = facts["iteration"], facts["config"]["pretrained_model_name_or_path"]
         candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration, options=facts["config"])
+        candidate.inference = inference
         averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
         trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
         if trained:
@@ -316,17 +320,18 @@ def noise_levels(scheduler, steps, key, pipeline, args) -> list[float]:
 
 def level_warnings(candidate, scheduler, steps, pipeline, args) -> list[str]:
     """A sentence where the training's sampler, with its steps, has other noise levels now than training recorded."""
-    inference = {} if candidate.training is None else candidate.training["inference"]
+    inference = candidate.inference
     if (type(scheduler).__name__, steps) != (inference.get("scheduler"), inference.get("num_inference_steps")):
         return []
     for key in ("sigmas", "timesteps"):
         if key in inference:
             levels = noise_levels(scheduler, steps, key, pipeline, args)
             if len(levels) != len(inference[key]) or not np.allclose(levels, inference[key], rtol=1e-4, atol=1e-6):
-                shown = [", ".join(f"{value:.4g}" for value in values[:3]) for values in (levels, inference[key])]
+                now, before = (", ".join(f"{value:.4g}" for value in both[:3]) for both in (levels, inference[key]))
+                name = candidate.run or candidate.name
                 return [
-                    f"{candidate.name} is sampled by other {key} ({shown[0]}, ...) than it was trained with "
-                    f"({shown[1]}, ...) under the same sampler and {steps} steps."
+                    f"{name} is sampled by other {key} ({now}, ...) than it was trained with ({before}, ...) under "
+                    f"the same sampler and {steps} steps."
                 ]
     return []
 
@@ -334,13 +339,12 @@ def level_warnings(candidate, scheduler, steps, pipeline, args) -> list[str]:
 def sampling_warnings(candidate, args) -> list[str]:
     """Where a pipeline cannot be sampled just as it was trained."""
     warnings, resolution = [], candidate.options.get("resolution", args.resolution)
+    name = candidate.run or candidate.name
     if resolution != args.resolution:
-        warnings.append(
-            f"{candidate.name} was trained at {resolution} pixels a side, and draws {args.resolution} here."
-        )
+        warnings.append(f"{name} was trained at {resolution} pixels a side, and draws {args.resolution} here.")
     if candidate.sampling.get("rollout_time_ids") == "image" and args.quality_prompts:
         warnings.append(
-            f"{candidate.name} is sampled under the real images' sizes and crops; the quality prompts have no images, "
+            f"{name} is sampled under the real images' sizes and crops; the quality prompts have no images, "
             "so that it draws those under the pipeline's own."
         )
     return warnings

@@ -220,11 +220,14 @@ def test_adapters_and_checkpoints_are_sampled_as_trained(options, tmp_path, sd3_
     config = {"pretrained_model_name_or_path": sdxl_path, "guidance_rescale": 0.5, "rollout_time_ids": "image"}
     manifest = {"iteration": 2, "config": config}
     (tmp_path / "run" / "checkpoint-2" / "adt_checkpoint.json").write_text(json.dumps(manifest))
+    facts = {"inference": {"sigmas": [1.0, 0.5]}, "training_options": {}}
+    (tmp_path / "run" / "adt_config.json").write_text(json.dumps(facts))
     chosen = ("--pipelines", f"base={sd3_path}", f"tuned={sd3_path}", "--lora", f"tuned={tmp_path / 'adapters'}")
     chosen += ("--checkpoints", f"run={tmp_path / 'run'}")
 
     def sampling(*more):
         args = evaluation.parse_args(options(*chosen, *more))
+        assert pipelines.find_candidates(args)[-1].inference == {"sigmas": [1.0, 0.5]}
         return [pipelines.sampling_options(candidate, args) for candidate in pipelines.find_candidates(args)]
 
     assert sampling() == [
@@ -270,9 +273,8 @@ def test_other_noise_levels_than_in_training_are_said(trained, options, family, 
 
     def warnings(name, levels, steps=4):
         inference = {"scheduler": type(scheduler).__name__, "num_inference_steps": steps, key: levels}
-        candidate = pipelines.Candidate(name, str(trained(family, {}, inference, name)))
-        args.resolution = None
-        candidate.training = pipelines.read_training_facts(candidate.path, args)
+        args.resolution, args.pipelines = None, {name: str(trained(family, {}, inference, name))}
+        [candidate] = pipelines.find_candidates(args)
         return pipelines.check_candidate(candidate, args)["warnings"]
 
     assert warnings("same", levels) == [] == warnings("other-steps", [0.5] * 4, steps=5)
