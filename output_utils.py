@@ -400,12 +400,10 @@ def load_adapters(network, family, directory):
 def register_checkpoint_hooks(generator, run):
     """Has accelerate save and load the networks as safetensors, in the layout that pipelines load.
 
-    Refuses by `check_disk` what will not fit.
-
     A checkpoint then has, of these hooks, the network's folder (or its adapters' file), the same in `*_ema` with
     `ema.json`, and `discriminator.safetensors`; of accelerate, `optimizer.bin` and `custom_checkpoint_0.pkl` (the
     generator's optimizer and schedule), `optimizer_1.bin` and `custom_checkpoint_1.pkl` (the discriminator's) and each
-    process's `random_states_*.pkl`; and of `save_checkpoint`, `adt_checkpoint.json`.
+    process's `random_states_*.pkl`; and of `save_checkpoint`, `adt_checkpoint.json`. What will not fit is refused.
     """
     check_disk(generator, run)
     # The hooks live as long as the accelerator: they must not hold what data parallelism wraps, see `end_run`.

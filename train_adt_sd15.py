@@ -391,8 +391,7 @@ def train(generator, adversary, models, validation, run):
 
         progress.log(values | {"lr": generator.lr}, iteration, started)
         del batches
-        done = iteration + 1
-        stopping = run.interruption.is_due(done)
+        done, stopping = iteration + 1, run.interruption.is_due(iteration + 1)
         if stopping or done % args.checkpointing_steps == 0:
             save_checkpoint(done, run)
         if validation.is_due(done):

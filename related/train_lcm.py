@@ -305,8 +305,7 @@ def train(generator, teacher, points, models, validation, module, run):
             values["perturbation_rms"] = perturbation_rms(perturbations, run.accelerator)
 
         progress.log(values | {"lr": generator.lr}, iteration, started)
-        done = iteration + 1
-        stopping = run.interruption.is_due(done)
+        done, stopping = iteration + 1, run.interruption.is_due(iteration + 1)
         if stopping or done % args.checkpointing_steps == 0:
             save_checkpoint(done, run)
         if validation.is_due(done):
