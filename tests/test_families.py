@@ -275,7 +275,7 @@ def test_gradients_leak_into_no_other_network(run, monkeypatch):
 def test_generator_update_saves_no_more_for_more_steps(run, train, monkeypatch, checkpointing):
     """Counted around the script's own update, from the rollout's latents to the last replayed step."""
     monkeypatch.setattr(
-        training_utils, "checkpoint", lambda function, *args, use_reentrant: memory.counted_checkpoint(function, *args)
+        training_utils, "checkpoint", lambda function, *args, **options: memory.counted_checkpoint(function, *args)
     )
     original, peaks = train.update_generator, {}
 

@@ -1,0 +1,180 @@
+# Copyright 2026 The ADT training example authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Measures what a run spends beside its networks: on data at its start, on casts in a rollout, on distances.
+
+    python benchmarks/overheads.py                      # all of it, a few minutes on a CPU
+    python benchmarks/overheads.py --only start casts
+
+`benchmarks/overheads.md` has its figures.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from adt_utils import simulate_inference  # noqa: E402
+from data_utils import (  # noqa: E402
+    GlobalBatchSampler,
+    check_used_images,
+    identify_data,
+    load_image_caption_dataset,
+)
+from evaluate_metrics import FrechetDistance  # noqa: E402
+from train_adt_sd15 import parse_args as parse_training_args  # noqa: E402
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument("--num_files", type=int, default=100, help="Images of 1024x1024 that are made.")
+    parser.add_argument("--num_rows", type=int, default=160_000, help="Rows that repeat them: the paper's number.")
+    return parser.parse_args()
+
+
+def measure(title, function):
+    """Prints the CPU seconds, the growth of the resident set and the bytes read, and returns the function's value."""
+    process = psutil.Process()
+    memory, read, started = process.memory_info().rss, process.io_counters().read_chars, time.process_time()
+    value = function()
+    seconds = time.process_time() - started
+    memory, read = process.memory_info().rss - memory, process.io_counters().read_chars - read
+    print(f"{title}: {seconds:.2f} CPU s, {memory / 1e6:+.0f} MB resident, {read / 1e6:.0f} MB read", flush=True)
+    return value
+
+
+def measure_start(args):
+    """What a start looks up and decodes of images on disk."""
+    accelerator = Accelerator(cpu=True)
+    with tempfile.TemporaryDirectory() as folder:
+        noise = np.random.default_rng(0).integers(0, 160, (1024, 1024, 3), dtype=np.uint8)
+        rows = []
+        for n in range(args.num_files):
+            Image.fromarray(np.roll(noise, n, axis=0)).save(Path(folder, f"{n:06d}.png"))
+            rows.append(f'{{"file_name": "{n:06d}.png", "text": "a made up picture {n}"}}')
+        Path(folder, "metadata.jsonl").write_text("\n".join(rows))
+        options = {
+            kind: parse_training_args([
+                "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
+                "--train_batch_size", "8", "--cache_dir", str(Path(folder, "cache")), "--check_images", kind,
+            ])
+            for kind in ("all", "sample")
+        }  # fmt: skip
+        dataset = load_image_caption_dataset(options["all"])
+        for kind, title in (("all", "decoding all"), ("all", "the same again, remembered")):
+            measure(
+                f"start, {len(dataset)} images, {title}",
+                lambda kind=kind: check_used_images(dataset, 0, options[kind], accelerator),
+            )
+        paths = [row["path"] for row in dataset["image"]]
+        table = {
+            "image": [{"path": paths[n % len(paths)], "bytes": None} for n in range(args.num_rows)],
+            "text": [f"a made up picture {n}" for n in range(args.num_rows)],
+        }
+        rows = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image(decode=False))
+        measure(
+            f"start, {args.num_rows} rows, a sample decoded",
+            lambda: check_used_images(rows, 0, options["sample"], accelerator),
+        )
+        measure(f"recognising {args.num_rows} rows", lambda: identify_data(rows, options["sample"]))
+
+
+def measure_order(args):
+    """The permutation of five million images."""
+    options = parse_training_args(["--pretrained_model_name_or_path", "none", "--dataset_name", "none"])
+    measure("order of 5,000,000 images", lambda: next(iter(GlobalBatchSampler(5_000_000, options))))
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of a network's weights."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.weights, self.count = {parameter.data_ptr() for parameter in network.parameters()}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].data_ptr() in self.weights:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def measure_casts(args):
+    """Ten steps of a tiny UNet in bfloat16, with an autocast for each forward and with one around them."""
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    config = {**UNet2DConditionModel.load_config(ROOT / "demo" / "assets" / "pipeline" / "unet")}
+    network = accelerator.prepare(UNet2DConditionModel.from_config(config).eval())
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    scheduler.set_timesteps(10)
+    latents = torch.randn(2, config["in_channels"], 8, 8)
+    embeddings = torch.randn(4, 12, config["cross_attention_dim"])
+
+    def roll_out():
+        def predict(sample, timestep, branches):
+            return network(sample, timestep, encoder_hidden_states=embeddings).sample
+
+        return simulate_inference(predict, scheduler, latents, 0, 7.0).latents
+
+    def roll_out_in_one():
+        with accelerator.autocast():
+            return roll_out()
+
+    for title, function in (("an autocast a forward", roll_out), ("one autocast", roll_out_in_one)):
+        with Casts(network) as casts:
+            function()
+        times = []
+        for _ in range(9):
+            started = time.process_time()
+            function()
+            times.append((time.process_time() - started) / 10)
+        print(f"ten steps, {title}: {casts.count} casts of weights, {1e3 * sorted(times)[4]:.1f} CPU ms a step")
+    print(f"the same latents: {torch.equal(roll_out(), roll_out_in_one())}")
+
+
+def measure_distances(args):
+    """A bootstrap of Fréchet distances at Inception's width: the real side once, then one for each resample."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.linspace(1, 0.01, 2048)[:, None]
+    mixing = torch.randn(2048, 2048, generator=generator) * scale
+    real, made = (torch.randn(5000, 2048, generator=generator) @ mixing for _ in range(2))
+    distance = measure("distance, the real side", lambda: FrechetDistance(real, torch.device("cpu")))
+    to_made = measure("distance, the other side", lambda: distance.to(made))
+    measure("distance, one resample", lambda: to_made(torch.randint(5000, (5000,), generator=generator)))
+
+
+MEASUREMENTS = {"start": measure_start, "order": measure_order, "casts": measure_casts, "distances": measure_distances}
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(1)
+    for name in args.only:
+        MEASUREMENTS[name](args)
+
+
+if __name__ == "__main__":
+    main()
