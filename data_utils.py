@@ -122,25 +122,31 @@ def identify_data(dataset, args) -> dict:
     Images are not read: of files the base name and the size count, of embedded ones the number of bytes, too.
 
     Returns:
-        `images`, their number, and `captions` and `files`, digests.
+        `images`, their number; `captions` and `names`, digests; and `sizes`, digests of up to 64 parts of the rows, so
+        that a few images that were mended are told from other ones.
     """
     table = dataset.data  # as it is stored: rows would bring the images along
     image_column = table.column(args.image_column)
     paths = pyarrow.compute.struct_field(image_column, "path").to_pylist()
     sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(image_column, "bytes")).to_pylist()
 
-    def describe(first):
+    def measure(first):
         found = []
-        for path, size in zip(paths[first : first + 1000], sizes[first : first + 1000], strict=True):
+        for path, size in zip(paths[first : first + part], sizes[first : first + part], strict=True):
             if size is None and path is not None and os.path.exists(path):
                 size = os.path.getsize(path)
-            found.append((os.path.basename(path or ""), size))
-        return found
+            found.append(size)
+        return digest_of(found)
 
+    part = -(-len(paths) // 64)
     with ThreadPoolExecutor(16) as pool:  # a network's file system answers each after a while
-        files = list(pool.map(describe, range(0, len(paths), 1000)))
-    captions = table.column(args.caption_column).to_pylist()
-    return {"images": len(dataset), "captions": digest_of(captions), "files": digest_of(files)}
+        digests = list(pool.map(measure, range(0, len(paths), part)))
+    return {
+        "images": len(dataset),
+        "captions": digest_of(table.column(args.caption_column).to_pylist()),
+        "names": digest_of(os.path.basename(path or "") for path in paths),
+        "sizes": digests,
+    }
 
 
 def digest_of(values) -> str:
@@ -385,13 +391,15 @@ def load_micro_batches(run, save_checkpoint):
             counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum").tolist()
         num_bad, num_without_image = counts
         if num_without_image:
-            if iteration > run.first_iteration and iteration % args.checkpointing_steps:  # else there is one already
-                save_checkpoint(iteration, run)
-            raise ADTError(
-                f"{gather_object(bad_images)[0]} "
-                + (f"The run ends with checkpoint-{iteration}. " if iteration else "")
-                + "Mend the image, or have such images replaced by --skip_bad_images."
-            )
+            sentence = gather_object(bad_images)[0]
+            if iteration > run.first_iteration:
+                if iteration % args.checkpointing_steps:  # else there is one already
+                    try:
+                        save_checkpoint(iteration, run)
+                    except ADTError as error:
+                        raise ADTError(f"{sentence} {error}") from error
+                sentence += f" The run ends with checkpoint-{iteration}."
+            raise ADTError(f"{sentence} Mend the image, or have such images replaced by --skip_bad_images.")
         if args.skip_bad_images:
             for sentence in set(bad_images) - logged:
                 logger.warning(f"{sentence} The next one stands in for it.", main_process_only=False)
@@ -418,8 +426,8 @@ def check_used_images(dataset, first_iteration, args, accelerator):
         ADTError: on every process, naming an image; with `--skip_bad_images` there is a warning instead.
     """
     check_shared_memory(args)
-    order = GlobalBatchSampler(len(dataset), args, accelerator.num_processes, first_iteration=first_iteration)
-    used = order.used_indices()
+    # From the beginning, where the run is resumed, too, so that a full check is remembered.
+    used = GlobalBatchSampler(len(dataset), args, accelerator.num_processes).used_indices()
     bad_images, fingerprint = [], None
     if accelerator.is_main_process:
         num_empty = count_empty_captions(dataset, used, args)
@@ -436,9 +444,7 @@ def check_used_images(dataset, first_iteration, args, accelerator):
         to_decode = used[torch.randperm(len(used), generator=generator)[:SAMPLE_SIZE]]
     elif args.check_images == "none" or broadcast_object_list([remembered.exists()])[0]:
         to_decode = used[:0]
-    bad_images = gather_object(
-        find_bad_images(dataset, to_decode[accelerator.process_index :: accelerator.num_processes], args)
-    )
+    bad_images = find_bad_images(dataset, to_decode, args, accelerator)
     report_bad_images(bad_images, len(to_decode), args)
     if args.check_images == "all" and not bad_images and accelerator.is_main_process:
         remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -509,8 +515,12 @@ def file_state(path) -> tuple:
     return path, state.st_size, state.st_mtime_ns
 
 
-def find_bad_images(dataset, indices, args) -> list[str]:
-    """Decodes the images at `indices`. Returns a sentence on each that fails, or the first's where none is skipped."""
+def find_bad_images(dataset, indices, args, accelerator) -> list[str]:
+    """Decodes the images at `indices`, shared out over the processes.
+
+    Returns:
+        on every process, a sentence on each that fails; where none is skipped, of the first part that has such alone.
+    """
 
     def check(index):
         try:
@@ -519,13 +529,15 @@ def find_bad_images(dataset, indices, args) -> list[str]:
             return str(error)
 
     bad_images = []
-    bar = tqdm(total=len(indices), desc="Checking images", leave=False)
+    bar = tqdm(total=len(indices), desc="Checking images", leave=False, disable=not accelerator.is_local_main_process)
     with ThreadPoolExecutor(max(4, args.dataloader_num_workers)) as pool, bar:
-        for part in indices.split(100):
-            bad_images += filter(None, pool.map(check, part.tolist()))
+        # In parts, after each of which the processes agree, since none should wait for long for the others.
+        for part in indices.split(100 * accelerator.num_processes):
+            own = part[accelerator.process_index :: accelerator.num_processes].tolist()
+            bad_images += gather_object(list(filter(None, pool.map(check, own))))
             bar.update(len(part))
             if bad_images and not args.skip_bad_images:
-                return bad_images[:1]
+                break
     return bad_images
 
 

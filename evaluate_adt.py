@@ -69,6 +69,7 @@ from evaluate_pipelines import (
     load_pipeline,
     make_scheduler,
     sampling_options,
+    spacing_warnings,
 )
 from evaluate_report import ReportError, count_votes, load_card, update_model_card, write_report
 from option_utils import non_negative_int, positive_int, share
@@ -595,7 +596,10 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
         "floors": find_floors(facts) if args.vae_floor else [],
         "real_images": None,
         # A run's checkpoints share theirs.
-        "warnings": list(dict.fromkeys(warning for found in facts.values() for warning in found["warnings"])),
+        "warnings": [
+            *dict.fromkeys(warning for found in facts.values() for warning in found["warnings"]),
+            *spacing_warnings(facts),
+        ],
     }
     for entry in report["pipelines"]:
         del entry["options"], entry["inference"]  # which "training" has, a checkpoint's with paths of its machine

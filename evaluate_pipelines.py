@@ -387,6 +387,24 @@ def check_candidate(candidate, args) -> dict:
     return {"samplers": samplers, "weights": weights, "vae": vae, "warnings": warnings}
 
 
+def spacing_warnings(facts) -> list[str]:
+    """A sentence on each named sampler whose timesteps are spaced differently in the pipelines.
+
+    Args:
+        facts: {pipeline: `check_candidate`'s}.
+    """
+    warnings = []
+    for sampler in dict.fromkeys(name for own in facts.values() for name in own["samplers"] if name != OWN):
+        spacings = {name: own["samplers"][sampler]["timestep_spacing"] for name, own in facts.items()}
+        if len(set(spacings.values())) > 1:
+            described = ", ".join(f"{name} {spacing}" for name, spacing in spacings.items())
+            warnings.append(
+                f"{sampler} spaces its timesteps as each pipeline's scheduler states ({described}): "
+                "--timestep_spacing gives all the same."
+            )
+    return warnings
+
+
 def vae_digest(vae) -> str:
     """Sixteen hexadecimal digits for its weights. What scales latents is left out, as it cancels in `reconstruct`."""
     digest = hashlib.sha256()

@@ -70,6 +70,10 @@ KOHYA_ADAPTERS = "pytorch_lora_weights_kohya.safetensors"  # as diffusers' examp
 # What a run is recognised by
 
 
+# The share of the data's parts that may have images of other sizes, as those that were mended have.
+MOST_MENDED = 0.25
+
+
 def checkpoint_config(args, accelerator) -> dict:
     """The options that a run's checkpoints are made with, places of data and models included."""
     natures = [Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED, Nature.SECRET]
@@ -174,10 +178,15 @@ def check_identity(path, before, now, args):
         raise ADTError(f"The checkpoint {path} was made with another configuration: {', '.join(different)}.")
     of_data, data = before["data"], now["data"]
     if of_data != data:
-        what = f"{of_data['images']} images (now {data['images']})"
-        if of_data["images"] == data["images"]:
-            what = "other captions" if of_data["files"] == data["files"] else "image files of other names or sizes"
-        raise ADTError(f"The checkpoint {path} was made with other data: {what}.")
+        others = sum(old != new for old, new in zip(of_data["sizes"], data["sizes"]))
+        if {**of_data, "sizes": 0} == {**data, "sizes": 0} and others <= MOST_MENDED * len(data["sizes"]):
+            logger.warning(f"{others} of {len(data['sizes'])} parts of the data have images of other sizes now.")
+        else:
+            what = f"{of_data['images']} images (now {data['images']})"
+            if of_data["images"] == data["images"]:
+                names = [name for name in ("captions", "names", "sizes") if of_data[name] != data[name]]
+                what = "other captions" if names == ["captions"] else "image files of other names or sizes"
+            raise ADTError(f"The checkpoint {path} was made with other data: {what}.")
     for name in before["schedule"].keys() | now["schedule"].keys():
         old, new = (np.array(found["schedule"].get(name, [])) for found in (before, now))
         if old.shape != new.shape or not np.allclose(old, new, rtol=1e-4, atol=1e-6):
@@ -212,7 +221,8 @@ def save_checkpoint(iteration, run):
     final = Path(args.output_dir, f"checkpoint-{iteration}")
     partial = Path(args.output_dir, f".{final.name}-partial")
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in Path(args.output_dir).glob(".checkpoint-*-partial"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     accelerator.wait_for_everyone()
     errors = gather_object([writing_error(lambda: accelerator.save_state(str(partial)))])
     if not any(errors):
@@ -302,6 +312,7 @@ def check_disk(generator, run):
     if run.accelerator.is_main_process:
         existing = len(list_checkpoints(args.output_dir))
         planned = args.max_train_steps // args.checkpointing_steps - run.first_iteration // args.checkpointing_steps
+        planned = max(1, planned)  # a run that is stopped writes one
         # One more is there while it is written, and the last good one is spared beside the newest.
         at_once = min(existing + planned, max(limit + args.stop_on_drift, existing) + 1)
         needed_at_once = planned if limit == 0 else max(0, at_once - existing)
@@ -476,6 +487,7 @@ class Interruption:
 
     Attributes:
         stopped_after: how many iterations are done where the run was stopped; else None.
+        at_end: whether the result is being made, which a signal does not keep from being whole.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -485,7 +497,7 @@ class Interruption:
     def __init__(self, args, accelerator):
         self.args, self.accelerator = args, accelerator
         self.started, self.received, self.handlers = time.monotonic(), None, {}
-        self.stopped_after = None
+        self.stopped_after, self.at_end = None, False
 
     def __enter__(self):
         for number in self.SIGNALS:
@@ -501,8 +513,9 @@ class Interruption:
         if self.received is None:
             self.received = time.monotonic()
             if self.accelerator.is_local_main_process:
+                what = b"The run is at its end" if self.at_end else b"Stopping after this iteration, with a checkpoint"
                 # Not printed or logged: the program may be in the middle of either.
-                os.write(2, b"\nStopping after this iteration, with a checkpoint. A second signal stops at once.\n")
+                os.write(2, b"\n" + what + b". A second signal stops at once.\n")
         elif time.monotonic() - self.received > self.ONE_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -556,12 +569,16 @@ class Validation:
         args, accelerator, sampler = self.run.args, self.run.accelerator, self.models.sampler
         if not self.conditions:
             return []
+        # What a resumed run may have otherwise, and what has no part in them.
+        elsewhere = args.of_nature(Nature.BY_CONTENT)
+        elsewhere |= {"global_batch_size", "max_train_steps", "discriminator_norm_group"}
         record = {
             "prompts": args.validation_prompts,
             "images": args.num_validation_images,
             "scheduler": {name: value for name, value in sampler.config.items() if name[0] != "_"},
             "call": self.run.family.inference_options(args),
-            **self.run.identity,
+            "models": self.run.identity["models"],
+            "options": {name: value for name, value in self.run.identity["config"].items() if name not in elsewhere},
         }
         directory, record = Path(args.output_dir, "validation", "base"), json.dumps(record, indent=2, default=str)
         found = None
@@ -827,6 +844,7 @@ def finish_run(generator, models, validation, run):
             "--resume_from_checkpoint latest goes on there."
         )
         return
+    interruption.at_end = True
     run = validation.finish()
     # The last that the processes do together: only the main one goes on, for as long as an upload takes.
     accelerator.wait_for_everyone()

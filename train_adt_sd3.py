@@ -639,7 +639,7 @@ def train(generator, adversary, models, validation, run):
         done, stopping = iteration + 1, run.interruption.is_due(iteration + 1)
         if stopping or done % args.checkpointing_steps == 0:
             save_checkpoint(done, run)
-        if validation.is_due(done):
+        if not stopping and validation.is_due(done):
             validation.log(done)
         if stopping or validation.drifted:
             break
@@ -780,7 +780,8 @@ def tune(sampler, noise_scheduler, run):
     """
     args, accelerator = run.args, run.accelerator
     prompt_encoder = PromptEncoder(args, accelerator)
-    validation_conditions = [prompt_encoder([prompt]) for prompt in args.validation_prompts or []]
+    with prompt_encoder.on_device:
+        validation_conditions = [prompt_encoder([prompt]) for prompt in args.validation_prompts or []]
     if args.cache_text_embeddings is not None:
         prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
     models = FrozenModels(load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)

@@ -129,7 +129,8 @@ def load_prompt_encoder(module, run, prompts):
     """The family's prompt encoder, and its embeddings of `prompts`, made before a cache takes the captions' place."""
     args, accelerator = run.args, run.accelerator
     prompt_encoder = module.PromptEncoder(args, accelerator)
-    conditions = [prompt_encoder([prompt]) for prompt in prompts]
+    with prompt_encoder.on_device:
+        conditions = [prompt_encoder([prompt]) for prompt in prompts]
     if getattr(args, "cache_text_embeddings", None) is not None:
         prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
     return prompt_encoder, conditions

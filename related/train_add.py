@@ -162,7 +162,7 @@ def student_schedule(num_steps) -> list[float]:
     return [1 - (n * STUDENT_STEPS // num_steps) / STUDENT_STEPS for n in range(num_steps)]
 
 
-def make_student_sampler(noise_scheduler, num_steps, module, device=None):
+def make_student_sampler(noise_scheduler, num_steps, module):
     """The saved scheduler, with `set_timesteps` called: one step to `x_0`, then fresh noise for the next.
 
     Its timesteps for four steps are those that the student trains at; fewer are some of these.
@@ -171,10 +171,10 @@ def make_student_sampler(noise_scheduler, num_steps, module, device=None):
         if noise_scheduler.config.use_dynamic_shifting:
             raise ADTError("The base pipeline shifts its schedule with the resolution, which has no fixed four steps.")
         sampler = FlowMatchEulerDiscreteScheduler.from_config(noise_scheduler.config, stochastic_sampling=True)
-        sampler.set_timesteps(sigmas=student_schedule(num_steps), device=device)
+        sampler.set_timesteps(sigmas=student_schedule(num_steps))
         return sampler
     sampler = make_lcm_scheduler(noise_scheduler, STUDENT_STEPS, module)
-    sampler.set_timesteps(num_steps, device=device)
+    sampler.set_timesteps(num_steps)
     return sampler
 
 
@@ -401,7 +401,7 @@ def train(system, validation):
         done, stopping = iteration + 1, run.interruption.is_due(iteration + 1)
         if stopping or done % args.checkpointing_steps == 0:
             save_checkpoint(done, run)
-        if validation.is_due(done):
+        if not stopping and validation.is_due(done):
             validation.log(done)
         if stopping:
             break
@@ -582,7 +582,7 @@ def tune(noise_scheduler, module, run):
     args, accelerator = run.args, run.accelerator
     prompts = args.validation_prompts or []
     prompt_encoder, (negative, *validation_conditions) = load_prompt_encoder(module, run, [NEGATIVE_PROMPT, *prompts])
-    sampler = make_student_sampler(noise_scheduler, args.num_inference_steps, module, accelerator.device)
+    sampler = make_student_sampler(noise_scheduler, args.num_inference_steps, module)
     models = FrozenModels(module.load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)
     network = module.load_network(args, accelerator)
     teacher = Teacher(network, module.call_network, run)

@@ -308,7 +308,7 @@ def train(generator, teacher, points, models, validation, module, run):
         done, stopping = iteration + 1, run.interruption.is_due(iteration + 1)
         if stopping or done % args.checkpointing_steps == 0:
             save_checkpoint(done, run)
-        if validation.is_due(done):
+        if not stopping and validation.is_due(done):
             validation.log(done)
         if stopping:
             break

@@ -283,6 +283,17 @@ def test_other_noise_levels_than_in_training_are_said(trained, options, family, 
         assert sentence.startswith(f"{name} is sampled by other {key} ({levels[0]:.4g}, ") and "4 steps" in sentence
 
 
+def test_other_spacings_are_said():
+    def facts(ddim, euler):
+        spacings = {"ddim": ddim, "euler": euler}
+        own = {"own": {"class": "PNDMScheduler"}}
+        return {"samplers": {name: {"timestep_spacing": spacing} for name, spacing in spacings.items()} | own}
+
+    assert pipelines.spacing_warnings({"a": facts("leading", "linspace"), "b": facts("leading", "linspace")}) == []
+    [sentence] = pipelines.spacing_warnings({"a": facts("leading", "linspace"), "b": facts("leading", "trailing")})
+    assert sentence.startswith("euler spaces") and "(a linspace, b trailing)" in sentence
+
+
 def test_warnings_reach_the_report(run, trained, caplog, tmp_path):
     path = trained("sdxl", {"rollout_time_ids": "image", "resolution": 24})
     (tmp_path / "prompts.txt").write_text("a red disc")

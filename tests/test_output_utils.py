@@ -211,12 +211,28 @@ def test_data_and_models_may_move(run, request, tmp_path, sd15_path, dataset_pat
     with pytest.raises(ADTError, match="checkpoint-4 was made with other data: other captions"):
         run(*resume, *moved)
     (tmp_path / "data" / "metadata.jsonl").write_text(metadata)
-    shutil.copy(tmp_path / "data" / "001.png", tmp_path / "data" / "000.png")
+    for name in ("000.png", "002.png", "003.png"):  # fewer might have been mended
+        shutil.copy(tmp_path / "data" / "001.png", tmp_path / "data" / name)
     with pytest.raises(ADTError, match="other data: image files of other names or sizes"):
         run(*resume, *moved)
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(metadata.splitlines()[1:]))
     with pytest.raises(ADTError, match=r"other data: 8 images \(now 7\)"):
         run(*resume, *moved)
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(run, tmp_path):
+    left = tmp_path / "out" / ".checkpoint-1-partial"
+    left.mkdir(parents=True)
+    (run("--checkpointing_steps", 2, "--max_train_steps", 2) / "checkpoint-2" / "adt_checkpoint.json").read_text()
+    assert not left.exists()
+
+
+def test_a_signal_at_the_end_says_so(capfd):
+    accelerator = types.SimpleNamespace(is_local_main_process=True)
+    interruption = Interruption(types.SimpleNamespace(max_train_time=None), accelerator)
+    interruption.at_end = True
+    interruption.receive(signal.SIGTERM, None)
+    assert "The run is at its end." in capfd.readouterr().err
 
 
 def test_a_model_is_its_files(tmp_path, sd15_path, dinov2_path):
