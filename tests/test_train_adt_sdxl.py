@@ -193,7 +193,8 @@ def test_offloaded_text_encoders_come_once_an_iteration(run, monkeypatch):
 
     monkeypatch.setattr(train.OnDevice, "__enter__", enter)
     assert read_scalars(run(*common, "--offload_text_encoders", output_dir="offloaded")) == plain
-    assert trips == [2] * (1 + 4)  # two encoders, for the empty prompt and for four iterations of two micro-batches
+    # Two encoders, for the empty prompt, the validation's, and four iterations of two micro-batches.
+    assert trips == [2] * (1 + 1 + 4)
 
 
 @pytest.fixture
@@ -290,8 +291,11 @@ def test_cache_of_another_dataset_encodes_what_it_lacks(run, cache, encoded, tmp
 
 def test_cache_needs_its_space_before_anything_is_encoded(run, cache, encoded, monkeypatch):
     """Of nine captions, each with 12 tokens of 48 and 24 pooled values in float32: 21.6 kB."""
-    free = types.SimpleNamespace(free=9 * 4 * (12 * 48 + 24) - 1)
-    monkeypatch.setattr(data_utils.shutil, "disk_usage", lambda folder: free)
+    free, original = types.SimpleNamespace(free=9 * 4 * (12 * 48 + 24) - 1), shutil.disk_usage
+    # Checkpoints have all the space they need.
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda folder: free if Path(folder).name == "cache" else original(folder)
+    )
     with pytest.raises(ADTError, match="cache needs 0.0 GB for 9 captions, and 0.0 GB are free"):
         run(*cache)
     assert encoded == [""]
