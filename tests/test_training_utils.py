@@ -105,9 +105,9 @@ KEEPS = [
 ELSEWHERE = {
     "help", "pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path",
     "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "cache_dir",
-    "output_dir", "skip_bad_images", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
+    "output_dir", "skip_bad_images", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
-    "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "output_kohya_format", "num_validation_images",
+    "lora_alpha", "lora_dropout", "lora_layers", "fuse_lora", "output_kohya_format", "num_validation_images",
     "validation_steps", "max_train_time",
     "drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift",
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
