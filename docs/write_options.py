@@ -64,6 +64,8 @@ def cell(value) -> str:
 
 
 def default(action) -> str:
+    if isinstance(action.default, list) and action.nargs is None:
+        return ",".join(action.default)
     return "required" if action.required else cell(action.default)
 
 
