@@ -16,7 +16,7 @@
 - `check_memory_options`: what a machine or a launch cannot do, before any model is loaded;
 - `make_library_optimizer`, `weights_to_use`, `optimizer_state_bytes`: the generator's optimizers beside AdamW;
 - `FusedBackward`: an update within the last backward;
-- `quantization_options`: what the network is loaded with.
+- `quantization_options`, `keep_norms_in_float32`: what the network is loaded with, and is then.
 
 It knows the options and no run.
 """
@@ -47,7 +47,7 @@ def check_memory_options(args, accelerator):
     for flag, library in needed.items():
         if library is not None and find_spec(library) is None:
             raise ADTError(f"{flag} needs {library}: pip install {library}.")
-    if args.bnb_quantization_config_path is not None and accelerator.device.type == "cpu":
+    if args.bnb_quantization_config_path is not None and not has_four_bits(accelerator.device):
         raise ADTError("--bnb_quantization_config_path needs a GPU: diffusers loads no weights in four bits on a CPU.")
     if args.fused_backward_pass and accelerator.num_processes > 1:
         raise ADTError(
@@ -58,6 +58,11 @@ def check_memory_options(args, accelerator):
             "--fused_backward_pass and --mixed_precision fp16: whether a scaled gradient has overflowed is known when "
             "all have been made; use bf16."
         )
+
+
+def has_four_bits(device) -> bool:
+    """Whether diffusers loads weights in four bits there."""
+    return device.type != "cpu"
 
 
 # Optimizers
@@ -216,3 +221,10 @@ def quantization_options(args, dtype, device) -> dict:
         return {}
     config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype} | config)
     return {"quantization_config": config, "torch_dtype": dtype, "device_map": {"": device}}
+
+
+def keep_norms_in_float32(network):
+    """A layer in four bits gives back the precision that it was given, and on a CPU norms must not be lighter."""
+    for module in network.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float()

@@ -56,6 +56,7 @@ from adt_utils import SimulatedInference
 from memory_utils import (
     FusedBackward,
     check_memory_options,
+    keep_norms_in_float32,
     make_library_optimizer,
     quantization_options,
     weights_to_use,
@@ -482,11 +483,14 @@ def check_lora(args, network_class, config):
 
 def prepare_network(network, args, accelerator):
     """What trains is in float32: the network's own weights, or adapters over frozen, lighter weights."""
-    if args.bnb_quantization_config_path is None:  # else it has been loaded as it stays
+    in_four_bits = args.bnb_quantization_config_path is not None
+    if not in_four_bits:  # which is loaded as it stays
         network.float()
     if args.use_lora:
         network.requires_grad_(False)
-        if args.bnb_quantization_config_path is None:
+        if in_four_bits:
+            keep_norms_in_float32(network)
+        else:
             network.type(weight_dtype(accelerator)).to(accelerator.device)
         torch.manual_seed(args.seed)  # the adapters' first weights, the same on every process
         config = LoraConfig(
