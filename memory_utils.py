@@ -49,6 +49,10 @@ def check_memory_options(args, accelerator):
             raise ADTError(f"{flag} needs {library}: pip install {library}.")
     if args.bnb_quantization_config_path is not None and not has_four_bits(accelerator.device):
         raise ADTError("--bnb_quantization_config_path needs a GPU: diffusers loads no weights in four bits on a CPU.")
+    try:
+        quantization_options(args, torch.float32, accelerator.device)
+    except (TypeError, ValueError) as error:
+        raise ADTError(f"--bnb_quantization_config_path is no BitsAndBytesConfig: {error}") from error
     if args.fused_backward_pass and accelerator.num_processes > 1:
         raise ADTError(
             "--fused_backward_pass is for one process: gradients of several are averaged before they are applied."

@@ -567,8 +567,7 @@ LADDERS = {
     "Stable Diffusion 3 medium, the whole network": [
         Rung("--train_batch_size 2 --gradient_accumulation_steps 4", "sd3", images=2, half_vae=False),
         Rung(f"{ONE} --optimizer adamw8bit", "sd3", half_vae=False, optimizer="adamw8bit"),
-        Rung(f"{ONE} --optimizer adamw8bit {FUSED}", "sd3", half_vae=False, optimizer="adamw8bit",
-            offload_gradients=True),
+        Rung(f"{ONE} --optimizer adafactor", "sd3", half_vae=False, optimizer="adafactor"),
     ],
     "Stable Diffusion 3 medium, adapters": [
         Rung(f"{ONE} {LORA}", "sd3-lora", half_vae=False),

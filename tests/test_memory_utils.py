@@ -11,6 +11,7 @@ from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_network, read_
 
 import memory_utils
 import train_adt_sd15 as train
+from benchmarks import memory
 from memory_utils import FusedBackward, check_memory_options, optimizer_state_bytes
 from output_utils import load_adapters
 from training_utils import ADTError
@@ -72,6 +73,9 @@ def test_configuration_in_four_bits(tmp_path, capsys):
     assert args.public()["bnb_quantization_config_path"] == {"load_in_4bit": True}  # and no path
     with pytest.raises(ADTError, match="needs a GPU"):
         check_memory_options(args, accelerator("cpu"))
+    file.write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": 4}')
+    with pytest.raises(ADTError, match="is no BitsAndBytesConfig: bnb_4bit_quant_type must be a string"):
+        check_memory_options(parse("--use_lora", "--bnb_quantization_config_path", file), accelerator())
 
 
 def accelerator(device="cuda", num_processes=1, mixed_precision="bf16"):
@@ -100,6 +104,19 @@ def test_fused_backward_where_it_cannot_be():
 
 def test_the_name_that_earlier_scripts_have():
     assert parse("--use_8bit_adam").optimizer == "adamw8bit" and parse().optimizer == "adamw"
+
+
+@pytest.mark.parametrize("rung", [rung for rungs in memory.LADDERS.values() for rung in rungs])
+def test_commands_of_the_ladder(tmp_path, monkeypatch, rung):
+    """The scripts take them, and they mean what the ladder counts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nf4.json").write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}')
+    args = FAMILIES[rung.model.removesuffix("-lora")].train.parse_args([*SHORTEST, *rung.options.split()])
+    assert (args.optimizer, args.offload_gradients) == (rung.optimizer, rung.offload_gradients)
+    assert (args.use_lora, args.train_batch_size) == (rung.model.endswith("-lora"), rung.images)
+    assert (args.bnb_quantization_config_path is not None) == rung.four_bits
+    assert (args.pretrained_vae_model_name_or_path is not None) == rung.half_vae
+    assert args.train_batch_size * args.gradient_accumulation_steps == 8
 
 
 # Optimizers
@@ -304,7 +321,7 @@ def test_base_in_four_bits(run, family, four_bits, monkeypatch):
 
     monkeypatch.setattr(family.train, "load_network", load)
     monkeypatch.setattr(family.train, "make_predict", recording)
-    options = (*SHORT, *four_bits, "--mixed_precision", "bf16")
+    options = (*SHORT, *four_bits, "--mixed_precision", "bf16", *["--use_dora"] * (family.name == "sdxl"))
     output = run(*options)
     kinds = {name: type(module).__name__ for name, module in networks[0].named_modules()}
     assert {kinds[name] for name in kinds if name.endswith("to_q.base_layer")} == {"Linear4bit"}
