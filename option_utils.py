@@ -19,6 +19,7 @@
 
 import argparse
 import copy
+import json
 import math
 import os
 from enum import Enum
@@ -31,6 +32,11 @@ from adt_utils import GRADIENT_PATHS, REFUSED_SAMPLERS, DiffAugment
 
 
 BOOLEAN = argparse.BooleanOptionalAction
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "prodigy", "adamw_schedulefree")
+
+
+class ADTError(RuntimeError):
+    """An error whose message is all that the user needs: bad input, or a run that cannot go on."""
 
 
 class Nature(Enum):
@@ -141,6 +147,22 @@ def existing_folder(text):
     return text
 
 
+def four_bit_config(text):
+    """A `type=` function: a JSON file's options of diffusers' `BitsAndBytesConfig`, with `load_in_4bit`."""
+    try:
+        config = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no readable JSON file: {error}") from None
+    if not isinstance(config, dict) or config.get("load_in_4bit") is not True:
+        raise argparse.ArgumentTypeError(f'{text} does not say "load_in_4bit": true')
+    return config
+
+
+def comma_separated(text):
+    """A `type=` function: a list of words."""
+    return [word.strip() for word in text.split(",")]
+
+
 def folder_to_write(text):
     """A `type=` function: a folder that is there or can be made."""
     path = Path(text).absolute()
@@ -237,12 +259,19 @@ def add_training_arguments(parser):
     add("--lr_warmup_steps", type=non_negative_int, default=500, help="In generator updates.")
     add("--lr_num_cycles", type=int, default=1, help="Of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Of polynomial.")
-    add("--use_8bit_adam", action=BOOLEAN, default=False, help="The generator's; needs bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, help="Of each optimizer.")
-    add("--adam_beta2", type=float, default=0.999, help="Of each optimizer.")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="The generator's; the discriminator's is adamw.")
+    # What earlier scripts call it, which commands in many places still say.
+    add("--use_8bit_adam", dest="optimizer", action="store_const", const="adamw8bit", help=argparse.SUPPRESS)
+    add("--adam_beta1", type=float, default=0.9, help="Of each optimizer but adafactor.")
+    add("--adam_beta2", type=float, default=0.999, help="Of each optimizer but adafactor.")
     add("--adam_weight_decay", type=float, default=1e-2, help="Of each optimizer.")
-    add("--adam_epsilon", type=float, default=1e-8, help="Of each optimizer.")
-    add("--max_grad_norm", type=positive_float, default=1.0, help="Gradients are clipped to it, each network's.")
+    add("--adam_epsilon", type=float, default=1e-8, help="Of each optimizer but adafactor.")
+    add("--max_grad_norm", type=non_negative_float, default=1.0,
+        help="Gradients are clipped to it, each network's; 0 for no clipping.")  # fmt: skip
+    add("--fused_backward_pass", Nature.FREE, action=BOOLEAN, default=False,
+        help="Apply each of the generator's gradients as soon as an update's last backward has made it.")  # fmt: skip
+    add("--offload_gradients", Nature.FREE, action=BOOLEAN, default=False,
+        help="With it: between an update's backwards, keep them in CPU memory.")  # fmt: skip
     add("--use_ema", action=BOOLEAN, default=False, help="Average the generator's weights.")
     add("--ema_decay", type=share, default=0.9999, help="Of that average, in generator updates.")
     add("--offload_ema", Nature.NO_EFFECT, action=BOOLEAN, default=False, help="Keep the average in CPU memory.")
@@ -264,8 +293,11 @@ def add_lora_arguments(parser):
     add("--rank", type=positive_int, default=16, help="Of the adapters.")
     add("--lora_alpha", type=positive_float, default=None, help="Adapters are scaled by it over rank; the rank.")
     add("--lora_dropout", type=share, default=0.0, help="Of the adapters, in the diffusion loss.")
-    add("--lora_target_modules", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"],
-        help="Layers that get one.")  # fmt: skip
+    add("--lora_layers", type=comma_separated, default=["to_q", "to_k", "to_v", "to_out.0"],
+        help="Layers that get one, separated by commas.")  # fmt: skip
+    add("--use_dora", action=BOOLEAN, default=False, help="Decompose the weights into magnitude and direction: DoRA.")
+    add("--bnb_quantization_config_path", type=four_bit_config, default=None,
+        help="JSON file of a BitsAndBytesConfig, to have the frozen network in four bits; needs a GPU.")  # fmt: skip
 
 
 def add_inference_arguments(parser, samplers):
@@ -422,9 +454,12 @@ def check_options(args, parser):
             parser.error("--mismatched_pair_weight needs a discriminator that sees the pair: projected ones do not.")
         if args.augmentation_pairing == "shared":
             parser.error("--mismatched_pair_weight and --augmentation_pairing shared: the augmentation would tell.")
-    for flag in ("fuse_lora", "output_kohya_format"):
+    for flag in ("fuse_lora", "output_kohya_format", "use_dora", "bnb_quantization_config_path"):
         if getattr(args, flag) and not args.use_lora:
             parser.error(f"--{flag} needs --use_lora.")
+    if args.use_dora and args.output_kohya_format:
+        parser.error("--output_kohya_format has no place for --use_dora's magnitudes.")
+    check_optimizer_options(args, parser)
     if args.lora_dropout > 0 and args.diffusion_loss_weight == 0 and args.adversarial:
         parser.error("--lora_dropout acts in the diffusion loss alone, and --diffusion_loss_weight is 0.")
     if getattr(args, "cache_text_embeddings", None) is not None:
@@ -432,3 +467,27 @@ def check_options(args, parser):
             parser.error("--cache_text_embeddings must not lie in --output_dir, which is what is published.")
         if args.offload_text_encoders:
             parser.error("--cache_text_embeddings frees the text encoders: there is nothing to offload.")
+
+
+def check_optimizer_options(args, parser):
+    """Refuses settings with which an optimizer would do nothing of use, or could not do what is asked for."""
+    if args.optimizer == "prodigy" and (args.learning_rate < 0.1 or args.scale_lr):
+        parser.error(
+            "--optimizer prodigy finds the step size itself, and --learning_rate is a factor of it: give 1, without "
+            "--scale_lr."
+        )
+    if args.optimizer == "adamw_schedulefree":
+        if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+            parser.error(f"--optimizer adamw_schedulefree needs a constant learning rate, not {args.lr_scheduler}.")
+        if args.use_ema:
+            parser.error("--optimizer adamw_schedulefree averages the weights itself: leave out --use_ema.")
+    if args.fused_backward_pass:
+        if args.optimizer in ("prodigy", "adamw_schedulefree"):
+            parser.error(f"--fused_backward_pass: {args.optimizer} takes one step for all weights together.")
+        if args.max_grad_norm > 0:
+            parser.error(
+                "--fused_backward_pass applies gradients before their norm is known: say that they are not clipped, "
+                "by --max_grad_norm 0."
+            )
+    elif args.offload_gradients:
+        parser.error("--offload_gradients needs --fused_backward_pass.")

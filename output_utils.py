@@ -49,6 +49,7 @@ from safetensors.torch import load_file, save_file
 
 from adversary_utils import DriftGuard, norm_group
 from data_utils import digest_of, identify_data, make_generator
+from memory_utils import optimizer_state_bytes
 from option_utils import Nature
 from training_utils import (
     ADTError,
@@ -285,7 +286,7 @@ def what_is_left(directory) -> str:
 
 
 def checkpoint_bytes(generator, run) -> int:
-    """What a checkpoint takes: networks, the average, and AdamW's two moments of what trains."""
+    """What a checkpoint takes: networks, the average, and the optimizers' states."""
     accelerator, total = run.accelerator, 0
     for model in map(accelerator.unwrap_model, accelerator._models):
         is_generator = model is generator.network
@@ -294,10 +295,7 @@ def checkpoint_bytes(generator, run) -> int:
         copies = 2 if is_generator and generator.ema is not None else 1
         total += copies * sum(value.numel() * value.element_size() for value in values)
     for optimizer in accelerator._optimizers:
-        eight_bit = "8bit" in type(optimizer.optimizer).__name__
-        for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-            # bitsandbytes keeps small ones in float32.
-            total += 2 * parameter.numel() * (1 if eight_bit and parameter.numel() >= 4096 else 4)
+        total += optimizer_state_bytes(optimizer.optimizer)
     return total
 
 

@@ -101,6 +101,7 @@ from training_utils import (
     load_vae,
     load_vae_config,
     make_predict,
+    network_options,
     prepare_generator,
     prepare_network,
     resolve_schedule,
@@ -264,7 +265,7 @@ def call_network(network, sample, timestep, condition):
 
 def load_network(args, accelerator) -> UNet2DConditionModel:
     path = args.pretrained_model_name_or_path
-    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **hub_options(args))
+    unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **network_options(args, accelerator))
     return prepare_network(unet, args, accelerator)
 
 

@@ -124,6 +124,7 @@ from training_utils import (
     load_vae,
     load_vae_config,
     make_predict,
+    network_options,
     prepare_generator,
     prepare_network,
     resolve_schedule,
@@ -182,7 +183,7 @@ def make_parser() -> argparse.ArgumentParser:
         learning_rate=1e-6,
         discriminator_learning_rate=1e-6,
         guidance_scale=7.0,
-        lora_target_modules=[
+        lora_layers=[
             "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
         ],
@@ -428,8 +429,8 @@ def call_network(network, sample, timestep, condition):
 
 
 def load_network(args, accelerator) -> SD3Transformer2DModel:
-    path = args.pretrained_model_name_or_path
-    transformer = SD3Transformer2DModel.from_pretrained(path, subfolder="transformer", **hub_options(args))
+    path, options = args.pretrained_model_name_or_path, network_options(args, accelerator)
+    transformer = SD3Transformer2DModel.from_pretrained(path, subfolder="transformer", **options)
     return prepare_network(transformer, args, accelerator)
 
 

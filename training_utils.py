@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on both, and the
-scripts on all five.
+It stands on `option_utils.py` and `memory_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py`
+stand on all three, and the scripts on all six.
 """
 
 import contextlib
@@ -53,14 +53,18 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from adt_utils import SimulatedInference
-from option_utils import Options
+from memory_utils import (
+    FusedBackward,
+    check_memory_options,
+    keep_norms_in_float32,
+    make_library_optimizer,
+    quantization_options,
+    weights_to_use,
+)
+from option_utils import ADTError, Options
 
 
 logger = get_logger(__name__)
-
-
-class ADTError(RuntimeError):
-    """An error whose message is all that the user needs: bad input, or a run that cannot go on."""
 
 
 # The schedule of a run
@@ -248,8 +252,7 @@ def start_accelerator(args) -> Accelerator:
     for library in (datasets, transformers, diffusers):
         library.utils.logging.set_verbosity_error() if quiet else library.utils.logging.set_verbosity_warning()
     check_launch(args, accelerator)
-    if args.use_8bit_adam and not transformers.utils.is_bitsandbytes_available():
-        raise ADTError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.")
+    check_memory_options(args, accelerator)
     if not args.adversarial and "adversarial_loss_weight" in args.natures:
         logger.info(
             "--adversarial_loss_weight is 0: plain fine-tuning. --diffusion_loss_weight, --generator_update_interval, "
@@ -378,6 +381,11 @@ def hub_options(args) -> dict:
     return {"revision": args.revision, "variant": args.variant, "cache_dir": args.cache_dir}
 
 
+def network_options(args, accelerator) -> dict:
+    """What the trained network's `from_pretrained` is given beside the place."""
+    return hub_options(args) | quantization_options(args, weight_dtype(accelerator), accelerator.device)
+
+
 def weight_dtype(accelerator) -> torch.dtype:
     """Of frozen weights. What trains is in float32."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -468,23 +476,30 @@ def check_lora(args, network_class, config):
     with init_empty_weights():
         modules = network_class.from_config(config).named_modules()
     layers = [name for name, module in modules if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))]
-    for target in args.lora_target_modules:
+    for target in args.lora_layers:
         if not any(f".{name}".endswith(f".{target}") for name in layers):
-            raise ADTError(f"--lora_target_modules {target} is no linear or convolutional layer of the network.")
+            raise ADTError(f"--lora_layers {target} is no linear or convolutional layer of the network.")
 
 
 def prepare_network(network, args, accelerator):
     """What trains is in float32: the network's own weights, or adapters over frozen, lighter weights."""
-    network.float()
+    in_four_bits = args.bnb_quantization_config_path is not None
+    if not in_four_bits:  # which is loaded as it stays
+        network.float()
     if args.use_lora:
-        network.requires_grad_(False).type(weight_dtype(accelerator)).to(accelerator.device)
+        network.requires_grad_(False)
+        if in_four_bits:
+            keep_norms_in_float32(network)
+        else:
+            network.type(weight_dtype(accelerator)).to(accelerator.device)
         torch.manual_seed(args.seed)  # the adapters' first weights, the same on every process
         config = LoraConfig(
             r=args.rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,
             init_lora_weights="gaussian",
-            target_modules=args.lora_target_modules,
+            target_modules=args.lora_layers,
+            use_dora=args.use_dora,
         )
         network.add_adapter(config)
         cast_training_params(network)
@@ -600,6 +615,7 @@ class Trained:
     lr_scheduler: Any
     run: Run
     ema: EMAModel | None = None
+    fused_backward: FusedBackward | None = None
 
     @property
     def lr(self) -> float:
@@ -607,15 +623,22 @@ class Trained:
 
     def synchronise_if(self, condition):
         """A context for a forward and its backward: gradients synchronise in the last backward of an update only."""
+        if self.fused_backward is not None:
+            return self.fused_backward.applying_if(condition)
         return contextlib.nullcontext() if condition else self.run.accelerator.no_sync(self.wrapped)
 
     def step(self, iteration) -> bool:
         """Clips the gradients and steps; returns whether it did: float16's loss scaling skips what overflowed."""
         accelerator = self.run.accelerator
-        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), self.run.args.max_grad_norm)
+        if self.fused_backward is None:
+            largest = self.run.args.max_grad_norm or math.inf
+            norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), largest)
+        else:
+            norm = self.fused_backward.finish()
         if accelerator.scaler is None:
             check_finite({f"gradient norm of the {self.name}": norm.item()}, iteration)
-        self.optimizer.step()
+        if self.fused_backward is None:
+            self.optimizer.step()
         stepped = not self.optimizer.step_was_skipped
         if stepped:
             self.lr_scheduler.step()
@@ -645,9 +668,11 @@ class Trained:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    @contextlib.contextmanager
     def averaged(self):
         """A context with the averaged weights in place of the trained ones, where there is an average."""
-        return averaged_weights(self.network, self.ema)
+        with averaged_weights(self.network, self.ema), weights_to_use(self.optimizer.optimizer):
+            yield
 
 
 @contextlib.contextmanager
@@ -670,18 +695,19 @@ def averaged_weights(network, ema):
 def prepare_generator(network, run) -> Trained:
     """The network with its optimizer, schedule and average, prepared by accelerate."""
     args = run.args
-    optimizer_class = torch.optim.AdamW
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        optimizer_class = bitsandbytes.optim.AdamW8bit
     ema = None
     if args.use_ema:
         ema = EMAModel(trainable_parameters(network), decay=args.ema_decay, foreach=args.foreach_ema)
         ema.to("cpu" if args.offload_ema else run.accelerator.device)
-    optimizer = make_optimizer(optimizer_class, network, args.learning_rate, args)
+    if args.optimizer == "adamw":
+        optimizer = make_optimizer(torch.optim.AdamW, network, args.learning_rate, args)
+    else:
+        optimizer = make_library_optimizer(trainable_parameters(network), args)
     lr_scheduler = make_lr_scheduler(optimizer, args.lr_warmup_steps, run.num_generator_updates, args)
-    return prepare_trained("generator", network, optimizer, lr_scheduler, run, ema)
+    generator = prepare_trained("generator", network, optimizer, lr_scheduler, run, ema)
+    if args.fused_backward_pass:
+        generator.fused_backward = FusedBackward(optimizer, args.offload_gradients)
+    return generator
 
 
 def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Trained:

@@ -17,6 +17,7 @@
     python benchmarks/memory.py --model demo     # the demo's pipeline, on real tensors
     python benchmarks/memory.py --model sd15     # SD1.5's configuration, on fake tensors, which have shapes only
     python benchmarks/memory.py --model sdxl sdxl-lora sd3 sd3-lora
+    python benchmarks/memory.py --ladder         # what an iteration takes in all, option by option
 
 What is counted is the peak of live bytes in the storages that autograd keeps for its backward, parameters and buffers
 left out, each storage once. The recomputation of checkpointed parts is counted too, and so are the bfloat16 copies
@@ -27,6 +28,10 @@ The network has float32 weights, or frozen bfloat16 ones with float32 adapters, 
 in float32, as on CUDA); the VAE, DINOv2 and the discriminator run in float32, as in the training scripts, but for the
 VAE where the title says so. It decodes one image at a time, checkpointed, throughout, and the sampler has 8 steps.
 "Plain autograd" keeps K graphs, both guidance branches in one batch.
+
+The ladder adds what is there at the same time: weights, optimizer states, gradients, saved activations, and the copies
+in bfloat16 that autocast keeps during a pass. On a GPU each of its commands says what it really takes: the progress
+bar and the trackers have `peak_memory_gb`.
 """
 
 import argparse
@@ -34,8 +39,9 @@ import contextlib
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 from unittest import mock
 
@@ -69,6 +75,7 @@ from adt_utils import (  # noqa: E402
     generator_loss,
     simulate_inference,
 )
+from memory_utils import make_library_optimizer, optimizer_state_bytes  # noqa: E402
 
 
 class SavedTensors:
@@ -430,8 +437,9 @@ def sd15_model(args) -> Model:
     )
 
 
-def sdxl_model(args, lora=False) -> Model:
-    """Stable Diffusion XL at 1024x1024; call it under a `FakeTensorMode`."""
+def sdxl_model(args, lora=False, half_vae=None) -> Model:
+    """Stable Diffusion XL at 1024x1024; call it under a `FakeTensorMode`. Adapters' runs have the VAE in bfloat16."""
+    half_vae = lora if half_vae is None else half_vae
     with default_dtype(torch.bfloat16 if lora else torch.float32):
         unet = UNet2DConditionModel(
             sample_size=128,
@@ -462,7 +470,7 @@ def sdxl_model(args, lora=False) -> Model:
         )
         text_encoders = [CLIPTextModel(first), CLIPTextModelWithProjection(second)]
     batch = args.train_batch_size or (1 if lora else 2)
-    with default_dtype(torch.bfloat16 if lora else torch.float32):
+    with default_dtype(torch.bfloat16 if half_vae else torch.float32):
         vae = full_size_vae()
     return Model(
         title=f"Stable Diffusion XL{', LoRA of rank 32, VAE in bfloat16,' if lora else ''} with DINOv2 ViT-S/14 at "
@@ -522,6 +530,119 @@ def sd3_model(args, lora=False) -> Model:
     )
 
 
+# The ladder
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run that fits a smaller card than the one before it."""
+
+    options: str  # what its command says beside the family's
+    model: str  # of `MODELS`
+    images: int = 1
+    half_vae: bool = True
+    optimizer: str = "adamw"
+    four_bits: bool = False  # the base's linear layers
+    offload_gradients: bool = False
+
+
+VAE = "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+ONE = "--train_batch_size 1 --gradient_accumulation_steps 8"
+FUSED = "--fused_backward_pass --offload_gradients --max_grad_norm 0"
+LORA = "--use_lora --rank 32"
+BITS = "--bnb_quantization_config_path nf4.json"
+LADDERS = {
+    "Stable Diffusion XL, the whole network": [
+        Rung("--train_batch_size 2 --gradient_accumulation_steps 4", "sdxl", images=2, half_vae=False),
+        Rung(f"{ONE} {VAE}", "sdxl"),
+        Rung(f"{ONE} {VAE} --optimizer adamw8bit", "sdxl", optimizer="adamw8bit"),
+        Rung(f"{ONE} {VAE} --optimizer adafactor", "sdxl", optimizer="adafactor"),
+        Rung(f"{ONE} {VAE} --optimizer adamw8bit {FUSED}", "sdxl", optimizer="adamw8bit", offload_gradients=True),
+        Rung(f"{ONE} {VAE} --optimizer adafactor {FUSED}", "sdxl", optimizer="adafactor", offload_gradients=True),
+    ],
+    "Stable Diffusion XL, adapters": [
+        Rung(f"{ONE} {VAE} {LORA}", "sdxl-lora"),
+        Rung(f"{ONE} {VAE} {LORA} {BITS}", "sdxl-lora", four_bits=True),
+    ],
+    "Stable Diffusion 3 medium, the whole network": [
+        Rung("--train_batch_size 2 --gradient_accumulation_steps 4", "sd3", images=2, half_vae=False),
+        Rung(f"{ONE} --optimizer adamw8bit", "sd3", half_vae=False, optimizer="adamw8bit"),
+        Rung(f"{ONE} --optimizer adafactor", "sd3", half_vae=False, optimizer="adafactor"),
+    ],
+    "Stable Diffusion 3 medium, adapters": [
+        Rung(f"{ONE} {LORA}", "sd3-lora", half_vae=False),
+        Rung(f"{ONE} {LORA} {BITS}", "sd3-lora", half_vae=False, four_bits=True),
+    ],
+}  # fmt: skip
+
+
+def four_bit_bytes(network) -> int:
+    """The frozen weights with linear layers in four bits, a float32 scale to each 64 weights."""
+    total = sum(parameter.nbytes for parameter in network.parameters())
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
+            total += int(module.weight.numel() * (1 / 2 + 4 / 64)) - module.weight.nbytes
+    return total
+
+
+@cache
+def measure_parts(name, images, half_vae) -> SimpleNamespace:
+    """Of a model in bytes, or in what can be counted: what is there throughout, and for how long the rest is.
+
+    `copies` are autocast's of the weights, `in_pass` a pass's with gradient: in its forward the copies beside what is
+    saved, then what its backward makes.
+    """
+    build, _ = MODELS[name]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        args = argparse.Namespace(train_batch_size=images)
+        model = build(args, half_vae=half_vae) if name == "sdxl" else build(args)
+        model.set_gradient_checkpointing(True)
+        layers = [
+            module for module in model.network.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+        ]
+        cast = [p for module in layers for p in module.parameters(recurse=False) if p.requires_grad]
+        copies = sum(2 * parameter.numel() for parameter in cast)
+        with SavedTensors(*model.parts.values()) as saved:
+            prediction = model.predict(model.latents, model.sampler.timesteps[0])
+            saved_by_forward = saved.live
+        del prediction
+        frozen = [module.weight for module in layers if not module.weight.requires_grad]
+        linear = {module.weight for module in layers if isinstance(module, torch.nn.Linear)}
+        return SimpleNamespace(
+            trained=[parameter for parameter in model.network.parameters() if parameter.requires_grad],
+            weights=sum(parameter.nbytes for parameter in model.network.parameters()),
+            # In four bits, with a float32 scale to each 64 weights.
+            saved_by_four_bits=sum(w.nbytes - w.numel() * (1 / 2 + 4 / 64) for w in frozen if w in linear),
+            # The discriminator with its gradient and AdamW's states; text encoders are gone once captions are cached.
+            rest=sum(sum(row[1:]) for row in state_rows(model)[1:-1] if row[0] != "text encoder"),
+            copies=copies,
+            in_pass=max(copies + saved_by_forward, measure(model, finetuning_step)),
+            scoring=measure(model, scoring),
+        )
+
+
+def ladder_row(rung) -> list[str]:
+    """What is there in the phases of an iteration, each at one moment."""
+    parts = measure_parts(rung.model, rung.images, rung.half_vae)
+    weights = parts.weights - rung.four_bits * parts.saved_by_four_bits
+    options = argparse.Namespace(
+        optimizer=rung.optimizer, learning_rate=1e-6, adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=1e-2,
+        adam_epsilon=1e-8,
+    )  # fmt: skip
+    make = torch.optim.AdamW if rung.optimizer == "adamw" else partial(make_library_optimizer, args=options)
+    states = optimizer_state_bytes(make(parts.trained))
+    sizes = [parameter.nbytes for parameter in parts.trained]
+    gradients = max(sizes) if rung.offload_gradients else sum(sizes)
+    moments = [parts.copies, parts.scoring, gradients + parts.in_pass]
+    moments = [weights + states + parts.rest + moment for moment in moments]
+    return [f"`{rung.options}`", *map(readable, [weights, states, parts.rest, *moments, max(moments)])]
+
+
+def ladder(title) -> str:
+    header = ["options", "weights", "optimizer", "other networks", "rollout", "scoring", "replay", "**peak**"]
+    return f"## {title}\n\n{table(header, [ladder_row(rung) for rung in LADDERS[title]])}\n"
+
+
 def state_rows(model):
     """What stays in memory throughout: name, parameters, gradients and AdamW's two moments, in bytes."""
     rows = []
@@ -574,6 +695,7 @@ MODELS = {
 def main():
     parser = argparse.ArgumentParser(description="Counts the activations saved in each phase of an ADT iteration.")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--ladder", action="store_true", help="An iteration in all, option by option.")
     parser.add_argument("--pipeline", default=str(ROOT / "demo/assets/pipeline"), help="The demo's pipeline.")
     parser.add_argument("--discriminator", default=str(ROOT / "demo/assets/dinov2"), help="The demo's DINOv2.")
     parser.add_argument("--train_batch_size", type=int, default=None, help="2; 1 for the full-size LoRA models.")
@@ -581,6 +703,10 @@ def main():
     args = parser.parse_args()
     print(f"`{' '.join(['python benchmarks/memory.py', *sys.argv[1:]])}`\n")
     print("Counts of saved tensors, not a GPU measurement: temporary buffers and fragmentation come on top.\n")
+    if args.ladder:
+        for title in LADDERS:
+            print(ladder(title), flush=True)
+        return
     for name in args.model:
         build, fake = MODELS[name]
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():

@@ -5,6 +5,7 @@ python docs/write_options.py --check    # ends with an error where it is not wha
 """
 
 import sys
+from argparse import SUPPRESS
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,6 +64,8 @@ def cell(value) -> str:
 
 
 def default(action) -> str:
+    if isinstance(action.default, list) and action.nargs is None:
+        return ",".join(action.default)
     return "required" if action.required else cell(action.default)
 
 
@@ -82,12 +85,12 @@ def table(header, rows) -> str:
 
 
 def options(parser):
-    """(title of its group, action) of each option but --help."""
+    """(title of its group, action) of each option but --help and those that stand for another."""
     return [
         (group.title, action)
         for group in parser._action_groups
         for action in group._group_actions
-        if action.dest != "help"
+        if action.dest != "help" and action.help != SUPPRESS
     ]
 
 

@@ -222,7 +222,7 @@ def trained_names(module, args) -> list[str]:
     with init_empty_weights():
         names = [name for name, _ in family.network_class.from_config(config).named_parameters()]
     if args.use_lora:
-        targets = tuple(f".{target}.weight" for target in args.lora_target_modules)
+        targets = tuple(f".{target}.weight" for target in args.lora_layers)
         names = [name for name in names if f".{name}".endswith(targets)]
     patterns = args.freeze_blocks
     if patterns is None:
@@ -253,7 +253,7 @@ def load_partly_frozen(module, args, accelerator):
     names = trained_names(module, args)
     if args.use_lora:
         layers = [name.removesuffix(".weight") for name in names]
-        return module.load_network(args.replace(lora_target_modules=layers), accelerator)
+        return module.load_network(args.replace(lora_layers=layers), accelerator)
     network = module.load_network(args, accelerator)
     names = set(names)
     for name, parameter in network.named_parameters():

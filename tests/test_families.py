@@ -564,8 +564,8 @@ def test_lora_options_change_the_adapters(run, train, options):
 
     plain = adapters()
     assert {min(value.shape) for value in adapters("--rank", 2).values()} == {2}
-    assert layers(plain) == layers(train.parse_args(options()).lora_target_modules)
-    assert layers(adapters("--lora_target_modules", "to_k")) == {"to_k"}
+    assert layers(plain) == layers(train.parse_args(options()).lora_layers)
+    assert layers(adapters("--lora_layers", "to_k")) == {"to_k"}
     assert not equal(plain, adapters("--lora_alpha", 1))
     assert not equal(plain, adapters("--lora_dropout", 0.5))
 

@@ -48,7 +48,7 @@ def saved(request, base_paths, tmp_path_factory):
     layers = [name for name, module in network.named_modules() if is_layer(module)]
     args = family.train.parse_args([
         "--pretrained_model_name_or_path", path, "--dataset_name", "x", "--use_lora", "--rank", str(RANK),
-        "--lora_alpha", str(ALPHA), "--lora_target_modules", *layers,
+        "--lora_alpha", str(ALPHA), "--lora_layers", ",".join(layers),
         "--output_dir", str(tmp_path_factory.mktemp("adapters")),
     ])  # fmt: skip
     prepare_network(network, args, NO_ACCELERATOR)

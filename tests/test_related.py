@@ -300,7 +300,7 @@ def test_bad_input_is_refused_before_weights_are_loaded(run, no_weights, tmp_pat
         ("--pretrained_model_name_or_path", tmp_path / "none"): "is not a readable pipeline",
         ("--caption_column", "caption"): "--caption_column caption is not a column of the dataset",
         ("--resolution", 17): "--resolution 17 is not divisible by",
-        ("--use_lora", "--lora_target_modules", "to_z"): "--lora_target_modules to_z is no linear",
+        ("--use_lora", "--lora_layers", "to_z"): "--lora_layers to_z is no linear",
     }.items():
         with pytest.raises(ADTError, match=re.escape(sentence)):
             run(*more)

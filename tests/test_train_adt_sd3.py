@@ -127,7 +127,7 @@ def test_sd35_medium(run, tmp_path):
         .isfinite()
         .all()
     )
-    adapters = run(*base, "--use_lora", "--lora_target_modules", "attn2.to_q", "--mixed_precision", "bf16")
+    adapters = run(*base, "--use_lora", "--lora_layers", "attn2.to_q", "--mixed_precision", "bf16")
     names = set(load_file(adapters / "pytorch_lora_weights.safetensors"))
     assert len(names) == 2 and all("transformer_blocks.0.attn2.to_q" in name for name in names)
 

@@ -49,7 +49,8 @@ def test_natures(name):
     places = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "resume_from_checkpoint"}
     assert args.of_nature(Nature.PRIVATE) - {"cache_text_embeddings"} == places
     assert args.of_nature(Nature.ADVERSARIAL) >= {option for option in vars(args) if "discriminator" in option}
-    assert args.of_nature(Nature.LORA) == {"rank", *(option for option in vars(args) if option.startswith("lora_"))}
+    lora = {"rank", "use_dora", "bnb_quantization_config_path"}
+    assert args.of_nature(Nature.LORA) == lora | {option for option in vars(args) if option.startswith("lora_")}
     assert args.of_nature(Nature.FINE_TUNING).isdisjoint(args.of_nature(Nature.ADVERSARIAL))
     # What was seen to change a run has an effect on its result.
     effective = {case[0][2:] for case in CHANGES} - args.of_nature(Nature.COUNTED)
@@ -105,9 +106,10 @@ KEEPS = [
 ELSEWHERE = {
     "help", "pretrained_model_name_or_path", "revision", "variant", "pretrained_vae_model_name_or_path",
     "dataset_name", "dataset_config_name", "train_data_dir", "image_column", "caption_column", "cache_dir",
-    "output_dir", "skip_bad_images", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
+    "output_dir", "skip_bad_images", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
-    "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "output_kohya_format", "num_validation_images",
+    "optimizer", "fused_backward_pass", "offload_gradients", "use_dora", "bnb_quantization_config_path",
+    "lora_alpha", "lora_dropout", "lora_layers", "fuse_lora", "output_kohya_format", "num_validation_images",
     "validation_steps", "max_train_time",
     "drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift",
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
@@ -310,24 +312,6 @@ def test_modules_import_where_there_is_no_resource_module(monkeypatch):
         runpy.run_path(str(ROOT / f"{name}.py"))
 
 
-def test_eight_bit_adam(run, monkeypatch):
-    if not training_utils.transformers.utils.is_bitsandbytes_available():
-        with pytest.raises(ADTError, match="pip install bitsandbytes"):
-            run("--use_8bit_adam")
-    made = []
-
-    class AdamW8bit(torch.optim.AdamW):
-        def __init__(self, *args, **kwargs):
-            made.append(kwargs["lr"])
-            super().__init__(*args, **kwargs)
-
-    module = types.SimpleNamespace(optim=types.SimpleNamespace(AdamW8bit=AdamW8bit))
-    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    monkeypatch.setattr(training_utils.transformers.utils, "is_bitsandbytes_available", lambda: True)
-    run("--use_8bit_adam")
-    assert made == [1e-3]  # the generator's
-
-
 def test_mixed_precision_keeps_float32_weights(run):
     plain, mixed = run(output_dir="plain"), run("--mixed_precision", "bf16", output_dir="mixed")
     assert {value.dtype for value in read_network(mixed).values()} == {torch.float32}
@@ -472,6 +456,7 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
 UTILS = (
     "adt_utils",
     "option_utils",
+    "memory_utils",
     "training_utils",
     "data_utils",
     "adversary_utils",
