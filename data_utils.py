@@ -581,8 +581,6 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
 def stream_micro_batches(run):
     """Yields what `make_dataloader`'s would, of a `Stream`, without end."""
     args, stream = run.args, run.dataset
-    if run.checkpoint is not None:
-        stream.load(run.checkpoint)
     loader = torch.utils.data.DataLoader(
         StreamedImages(stream, args, run.first_iteration),
         batch_size=None,

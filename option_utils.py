@@ -222,7 +222,7 @@ def add_data_arguments(parser):
     add("--use_aspect_ratio_buckets", Nature.BUCKETS, action=BOOLEAN, default=False,
         help="Train each image at the size whose shape is the nearest, not square.")  # fmt: skip
     add("--aspect_ratio_buckets", Nature.BUCKETS, type=buckets_of, default=None,
-        help="Those sizes, as height,width;height,width; else from 1:2 to 2:1, with the pixels of --resolution.")  # fmt: skip
+        help="Those sizes, as height,width;height,width; else from 1:2 to 2:1, of --resolution's pixels.")  # fmt: skip
 
 
 def add_training_arguments(parser):

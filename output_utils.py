@@ -480,9 +480,11 @@ def register_checkpoint_hooks(generator, run):
 
 
 def load_checkpoint(run):
-    """Continues from the run's checkpoint, where it has one: networks, optimizers, schedules, average."""
+    """Continues from the run's checkpoint, where it has one: networks, optimizers, schedules, average, stream."""
     if run.checkpoint is not None:
         run.accelerator.load_state(str(run.checkpoint))
+        if run.args.streaming:
+            run.dataset.load(run.checkpoint)
         logger.info(f"Resuming from {run.checkpoint}")
 
 

@@ -150,7 +150,7 @@ def loading(streamed):
         args = parse_args(streamed(*more))
         accelerator, dataset = Accelerator(cpu=True), load_image_caption_dataset(args)
         return types.SimpleNamespace(
-            args=args, accelerator=accelerator, dataset=dataset, first_iteration=first_iteration, checkpoint=None
+            args=args, accelerator=accelerator, dataset=dataset, first_iteration=first_iteration
         )
 
     return make
@@ -179,7 +179,7 @@ def test_items_follow_from_the_rows_before_them(loading, tmp_path, num_workers):
     assert equal(load(run, 3), whole[:9])
     run.dataset.save(tmp_path)
     run = loading(*workers, "--train_batch_size", 3, first_iteration=3)
-    run.checkpoint = tmp_path
+    run.dataset.load(tmp_path)
     assert run.dataset.num_workers == num_workers
     assert equal([item[1:] for item in load(run, 5)], [item[1:] for item in whole[9:]])
 
@@ -232,7 +232,7 @@ def test_web_dataset_and_its_bad_images(loading, dataset_path, tmp_path):
         for _ in range(4):
             next(loader)
     run = loading(*damaged, "--skip_bad_images", first_iteration=2)
-    run.checkpoint = tmp_path
+    run.dataset.load(tmp_path)
     rest = load(run, 1)
     assert [caption for *_, caption, _ in rest] == [whole[4][2], whole[6][2]]
     assert equal(load(loading(*damaged, "--skip_bad_images"), 3)[4:], [(2, *item[1:]) for item in rest])
