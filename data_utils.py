@@ -236,6 +236,8 @@ def sort_into_buckets(dataset, indices, args) -> list[int]:
 def read_size(record) -> tuple[int, int]:
     """(height, width) of an image that is upright, from `{"bytes": ..., "path": ...}` as Arrow has it."""
     path = record["path"].as_py()
+    if not record.is_valid:
+        raise FileNotFoundError("it is missing")
     if record["bytes"].is_valid:
         file = pyarrow.BufferReader(record["bytes"].as_buffer())  # no copy of what is behind the header
     elif "://" in (path or ""):

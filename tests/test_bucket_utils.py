@@ -25,6 +25,7 @@ from data_utils import (
     first_images,
     images_per_epoch,
     load_image_caption_dataset,
+    sort_into_buckets,
 )
 from training_utils import ADTError
 
@@ -131,6 +132,17 @@ def test_bad_images_are_refused_or_left_out(bucketed, wide_path, tmp_path, caplo
     assert 2 not in {index for batch in BucketSampler(torch.tensor(dataset[BUCKET][:]), args) for index, *_ in batch}
     item = ImageCaptionDataset(dataset, args)[10, 0, 0]
     assert len(item["bad_images"]) == 1 and item["caption"] == dataset[5]["text"]  # the next wide one
+
+
+@ONE_FAMILY
+def test_missing_images_are_refused(bucketed):
+    """Rows of a table may have none."""
+    image = {"bytes": None, "path": None}
+    rows = datasets.Dataset.from_dict({"image": [None, image]}).cast_column("image", datasets.Image(decode=False))
+    args = train_adt_sd15.parse_args(bucketed())
+    with pytest.raises(ADTError, match="The image 0 of the dataset does not decode: it is missing."):
+        sort_into_buckets(rows, torch.arange(2), args)
+    assert sort_into_buckets(rows, torch.arange(2), args.replace(skip_bad_images=True)) == [-1, -1]
 
 
 # The order of global batches
