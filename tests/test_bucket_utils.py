@@ -31,6 +31,8 @@ from training_utils import ADTError
 
 
 BUCKETS = ("--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "16,16;12,20;24,12")
+# Of the library, on sides that tiny models take.
+pytestmark = pytest.mark.filterwarnings("ignore:Bucket dimension")
 ONE_FAMILY = pytest.mark.parametrize("family", ["sd15"], indirect=True)
 SIZES = [(16, 16), (12, 20), (24, 12)]
 
@@ -233,7 +235,6 @@ def test_refused_options(capsys, more, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore:Bucket dimension")
 def test_sizes_that_the_models_do_not_take(bucketed, family, no_weights):
     with pytest.raises(ADTError, match="--aspect_ratio_buckets 17 is not divisible by"):
         family.train.main(family.train.parse_args(bucketed("--aspect_ratio_buckets", "16,16;17,16")))
