@@ -427,7 +427,8 @@ class FeatureNetwork(nn.Module):
     Args:
         model: the `Dinov2Model`; it is frozen and stays in `eval()`.
         layers: indices of the blocks whose outputs are used, without the final LayerNorm; -1 is the patch embedding.
-        resolution: images are resized to this side, a multiple of the model's patch size, before they enter.
+        resolution: images are resized to this side, a multiple of the model's patch size, before they enter; ones
+            that are not square to about as many pixels, see `input_size`.
 
     Raises:
         ValueError: for a layer that the model lacks or a resolution that its patches do not divide.
@@ -472,12 +473,17 @@ class FeatureNetwork(nn.Module):
     def train(self, mode: bool = True):
         return super().train(False)
 
+    def input_size(self, height, width) -> tuple[int, int]:
+        """What images are resized to: of about their shape and `resolution ** 2` pixels, in whole patches."""
+        patch, stretch = self.model.config.patch_size, (height / width) ** 0.5
+        sides = (self.resolution * stretch, self.resolution / stretch)
+        return tuple(max(2, round(side / patch)) * patch for side in sides)
+
     def run_model(self, images, **options):
-        if images.shape[-2:] != (self.resolution, self.resolution):
+        size = self.input_size(*images.shape[-2:])
+        if images.shape[-2:] != size:
             # Antialiased: plain bilinear would read, and send gradient to, a part of the pixels only.
-            images = F.interpolate(
-                images, size=(self.resolution, self.resolution), mode="bilinear", antialias=True, align_corners=False
-            )
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
         return self.model(pixel_values=((images + 1) / 2 - self.mean) / self.std, **options)
 
     def forward(self, images) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ from adt_utils import (
     largest_group,
     mismatched_partners,
 )
-from data_utils import GlobalBatchSampler, ImageCaptionDataset, normalize_pixels
+from data_utils import first_images, normalize_pixels
 from training_utils import ADTError, make_lr_scheduler, make_optimizer, prepare_trained, vae_factor
 
 
@@ -272,16 +272,14 @@ def reconstruction_difference(feature_network, vae, run, count=16) -> float | No
         the ratio of the root mean squares over images and positions of the features' differences, averaged over the
         layers; 0 for a perfect VAE; None where the images do not differ, or there is one alone.
     """
-    args, device = run.args, run.accelerator.device
-    dataset, order = ImageCaptionDataset(run.dataset, args), GlobalBatchSampler(len(run.dataset), args)
-    side = args.resolution // vae_factor(vae.config)
-    no_noise = torch.zeros(1, vae.config.latent_channels, side, side, device=device)
-    count = min(count, len(run.dataset), args.max_train_steps * run.global_batch_size)
-    items = [dataset[order.dataset_index(position), 0, position] for position in range(count)]
-    images = [item["pixel_values"] for item in items if "pixel_values" in item]  # the loader names the others
+    device, factor = run.accelerator.device, vae_factor(vae.config)
+    images = first_images(run, count)
+    images = [image for image in images if image.shape == images[0].shape]  # of a bucket, else they do not compare
     count, to_itself, to_another, previous = len(images), 0.0, 0.0, None
     for image in images:
         image = normalize_pixels(image[None].to(device))
+        sides = (side // factor for side in image.shape[2:])
+        no_noise = torch.zeros(1, vae.config.latent_channels, *sides, device=device)
         reconstruction = run.family.decode_latents(vae, run.family.encode_images(vae, image, no_noise))
         features, reconstructed = feature_network(image), feature_network(reconstruction)
         to_itself += squared_distances(features, reconstructed)

@@ -17,8 +17,8 @@ The sections can be read alone:
 
 - seeded draws: `make_generator`, `draw_per_image`;
 - the data set: `load_image_caption_dataset`, `identify_data`, `read_image`;
-- images and captions: `transform_image`, `choose_caption`, `ImageCaptionDataset`;
-- their order and loading: `GlobalBatchSampler`, `make_dataloader`, `load_micro_batches`;
+- images and captions: `transform_image`, `choose_caption`, `ImageCaptionDataset`, `StreamedImages`;
+- their order and loading: `GlobalBatchSampler`, `BucketSampler`, `make_dataloader`, `load_micro_batches`;
 - what is checked of the images at a start: `check_used_images`;
 - text encoders that rest in CPU memory, and captions' embeddings on disk: `OnDevice`, `EmbeddingCache`.
 """
@@ -33,6 +33,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -40,11 +41,15 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image, ImageOps
+from diffusers.training_utils import find_nearest_bucket
+from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
+from bucket_utils import image_sizes
+from streaming_utils import Stream
 from training_utils import ADTError, concatenate
 
 
@@ -70,23 +75,28 @@ def draw_per_image(function, shape, seed, purpose, iteration, positions):
 # The data set
 
 
-def load_image_caption_dataset(args) -> datasets.Dataset:
-    """Loads the train split and checks its columns; images stay undecoded.
+def load_image_caption_dataset(args) -> datasets.Dataset | Stream:
+    """Loads the split and checks its columns; images stay undecoded.
+
+    With `--use_aspect_ratio_buckets` the column `BUCKET` has each image's.
 
     Raises:
         ADTError: if it cannot be read, is empty or lacks a column, or a column is of another type.
     """
+    how = {"cache_dir": args.cache_dir, "streaming": args.streaming}
     try:
         if args.dataset_name is not None:
-            loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+            loaded = datasets.load_dataset(args.dataset_name, args.dataset_config_name, **how)
         else:
-            loaded = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
+            loaded = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **how)
     except Exception as error:  # of a dozen kinds, pyarrow's and the Hub's among them
         name = args.dataset_name or args.train_data_dir
         raise ADTError(f"The dataset {name} cannot be read: {error.__cause__ or error}") from error
-    if "train" not in loaded:
-        raise ADTError(f"The dataset has no train split, only {', '.join(loaded)}.")
-    dataset = loaded["train"]
+    if args.dataset_split not in loaded:
+        raise ADTError(f"The dataset has no {args.dataset_split} split, only {', '.join(loaded)}.")
+    dataset = loaded[args.dataset_split]
+    if dataset.features is None:  # of a stream of files that do not say
+        raise ADTError("The dataset does not say its columns' types, which --streaming needs.")
     for option in ("image_column", "caption_column"):
         if getattr(args, option) not in dataset.column_names:
             raise ADTError(
@@ -100,12 +110,18 @@ def load_image_caption_dataset(args) -> datasets.Dataset:
         raise ADTError(
             f"--caption_column {args.caption_column} holds {caption_type}, which is neither text nor a list of texts."
         )
+    dataset = dataset.cast_column(args.image_column, datasets.Image(decode=False))
+    if args.streaming:
+        return Stream(dataset, args, PartialState().num_processes, PartialState().process_index)
     if len(dataset) == 0:
         raise ADTError("The dataset is empty.")
+    indices = torch.arange(len(dataset))
     if args.max_train_samples is not None and args.max_train_samples < len(dataset):
         order = torch.randperm(len(dataset), generator=make_generator(args.seed, "samples"))
-        dataset = dataset.select(order[: args.max_train_samples].sort().values.tolist())
-    return dataset.cast_column(args.image_column, datasets.Image(decode=False))
+        indices = order[: args.max_train_samples].sort().values
+    if args.use_aspect_ratio_buckets:  # before the selection, after which a column would copy the images
+        dataset = dataset.add_column(BUCKET, sort_into_buckets(dataset, indices, args))
+    return dataset if len(indices) == len(dataset) else dataset.select(indices.tolist())
 
 
 def holds_text(arrow_type) -> bool:
@@ -180,29 +196,90 @@ def describe_image(index, path) -> str:
     return f"The image {index} of the dataset" + (f" ({path})" if path else "")
 
 
+# Buckets of aspect ratios
+
+
+BUCKET = "aspect_ratio_bucket"  # a column: the index in `image_sizes(args)`, -1 for what is not used
+
+
+def sort_into_buckets(dataset, indices, args) -> list[int]:
+    """The column `BUCKET`: the nearest shape to that of each image of `indices`, by their files' headers alone.
+
+    The processes share them out. An image without a readable header is refused, or not used with `--skip_bad_images`.
+    """
+    images, sizes, state = dataset.data.column(args.image_column), image_sizes(args), PartialState()
+
+    def find(index):
+        try:
+            return find_nearest_bucket(*read_size(images[index]), sizes), None
+        except Exception as error:  # as in `read_image`
+            return -1, f"{describe_image(index, images[index]['path'].as_py())} does not decode: {error}".rstrip(".")
+
+    own = indices[state.process_index :: state.num_processes].tolist()
+    bar = tqdm(total=len(own), desc="Sizes of images", leave=False, disable=not state.is_local_main_process)
+    found = []
+    with ThreadPoolExecutor(16) as pool, bar:  # which wait for a file system
+        for index, result in zip(own, pool.map(find, own), strict=True):
+            found.append((index, *result))
+            bar.update()
+    buckets, bad_images = np.full(len(dataset), -1), []
+    for index, bucket, sentence in sorted(gather_object(found)):
+        buckets[index] = bucket
+        bad_images += [f"{sentence}."] if sentence else []
+    if bad_images and not args.skip_bad_images:
+        raise ADTError(bad_images[0])
+    if bad_images:
+        logger.warning(f"{len(bad_images)} of {len(indices)} images are bad, and left out: {bad_images[0]}")
+    return buckets.tolist()
+
+
+def read_size(record) -> tuple[int, int]:
+    """(height, width) of an image that is upright, from `{"bytes": ..., "path": ...}` as Arrow has it."""
+    path = record["path"].as_py()
+    if not record.is_valid:
+        raise FileNotFoundError("it is missing")
+    if record["bytes"].is_valid:
+        file = pyarrow.BufferReader(record["bytes"].as_buffer())  # no copy of what is behind the header
+    elif "://" in (path or ""):
+        with open_image(record.as_py()) as image:
+            return image.height, image.width
+    else:
+        file = path
+    with Image.open(file) as image:
+        # PIL would decode a PNG to look for what is behind its pixels.
+        turned = image.format != "PNG" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
 # Images and captions
 
 
-def transform_image(image, generator, args):
+def transform_image(image, size, generator, args):
     """Resizes, flips and crops as the diffusers examples do, with three draws from `generator`.
 
+    Args:
+        size: (height, width) of the result.
+
     Returns:
-        pixel values (3, resolution, resolution), uint8 as they take the least of what workers share with the
+        pixel values (3, height, width), uint8 as they take the least of what workers share with the
         process that trains, and the crop's top left corner (y, x) in the resized image as it was cropped, which is
         mirrored if the crop is.
     """
     u_flip, u_top, u_left = torch.rand(3, generator=generator).tolist()
-    short = min(image.size)
-    size = [args.resolution * side // short for side in image.size]
-    image = image.resize(size, Image.Resampling[args.image_interpolation_mode.upper()])
+    height, width = size
+    if image.width * height >= image.height * width:
+        covering = (height * image.width // image.height, height)
+    else:
+        covering = (width, width * image.height // image.width)
+    image = image.resize(covering, Image.Resampling[args.image_interpolation_mode.upper()])
     if args.random_flip and u_flip < 0.5:
         image = ImageOps.mirror(image)
-    spare_left, spare_top = (side - args.resolution for side in size)
+    spare_left, spare_top = covering[0] - width, covering[1] - height
     if args.center_crop:
         left, top = round(spare_left / 2), round(spare_top / 2)
     else:
         left, top = int(u_left * (spare_left + 1)), int(u_top * (spare_top + 1))
-    image = image.crop((left, top, left + args.resolution, top + args.resolution))
+    image = image.crop((left, top, left + width, top + height))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1), (top, left)
 
 
@@ -221,43 +298,112 @@ def choose_caption(captions, generator) -> str:
 class ImageCaptionDataset(torch.utils.data.Dataset):
     """Images and captions by `(dataset index, iteration, position in the global batch)`.
 
-    An item has `pixel_values` (3, resolution, resolution), uint8, `caption`, `position`, the image's `original_size`
+    An item has `pixel_values` (3, height, width), uint8, `caption`, `position`, the image's `original_size`
     (height, width) and its `crop_top_left` (y, x). Crop, flip and the choice among several captions are drawn from the
     seed, the iteration and the position.
 
     Its `bad_images` has a sentence on each image that does not decode. The item then has nothing else; with
-    `--skip_bad_images` it is the next row's whose image decodes, by which a run stays the same however it is shared
-    out or resumed.
+    `--skip_bad_images` it is the next row's whose image decodes (and is of the same bucket), by which a run stays the
+    same however it is shared out or resumed.
     """
 
     def __init__(self, dataset, args):
         self.dataset = dataset
         self.args = args
+        self.buckets = dataset[BUCKET][:] if args.use_aspect_ratio_buckets else None
 
     def __getitem__(self, key):
         index, iteration, position = key
         bad_images = []
         for offset in range(len(self.dataset) if self.args.skip_bad_images else 1):
             candidate = (index + offset) % len(self.dataset)
+            if self.buckets is not None and self.buckets[candidate] != self.buckets[index]:
+                continue
             row = self.dataset[candidate]
             try:
                 image = read_image(row, candidate, self.args)
             except ADTError as error:
                 bad_images.append(str(error))
             else:
-                return self.make_item(row, image, iteration, position) | {"bad_images": bad_images}
+                return make_item(row, image, iteration, position, self.args) | {"bad_images": bad_images}
         return {"bad_images": bad_images}
 
-    def make_item(self, row, image, iteration, position):
-        generator = make_generator(self.args.seed, "image", iteration, position)
-        pixel_values, crop_top_left = transform_image(image, generator, self.args)
-        return {
-            "pixel_values": pixel_values,
-            "caption": choose_caption(row[self.args.caption_column], generator),
-            "position": position,
-            "original_size": (image.height, image.width),
-            "crop_top_left": crop_top_left,
-        }
+
+def make_item(row, image, iteration, position, args):
+    generator = make_generator(args.seed, "image", iteration, position)
+    size = image_sizes(args)[row.get(BUCKET, 0)]
+    pixel_values, crop_top_left = transform_image(image, size, generator, args)
+    return {
+        "pixel_values": pixel_values,
+        "caption": choose_caption(row[args.caption_column], generator),
+        "position": position,
+        "original_size": (image.height, image.width),
+        "crop_top_left": crop_top_left,
+    }
+
+
+class StreamedImages(torch.utils.data.IterableDataset):
+    """One process's items, as `ImageCaptionDataset`'s, from the row on that its `Stream` is at; in a worker, its own.
+
+    An item also has `reader`, who read it, and `behind`, the `StreamPosition` there. The process's row `n` is reader
+    `n % num_readers`'s. A data loader begins with reader 0: what stands for rows before the first one is empty.
+    """
+
+    def __init__(self, stream, args, first_iteration):
+        self.stream, self.args = stream, args
+        self.rows_an_iteration = args.train_batch_size * args.gradient_accumulation_steps
+        self.first = first_iteration * self.rows_an_iteration
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        reader, num_readers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        n = self.first - self.first % num_readers + reader
+        if n < self.first:
+            yield {}
+            n += num_readers
+        bad_images, bad_since = [], None
+        for row, behind in self.stream.read(reader):
+            try:
+                image = read_image(row, self.name(row), self.args)
+            except ADTError as error:
+                bad_since = behind.epoch if not bad_images else bad_since
+                bad_images.append(str(error))
+                if self.args.skip_bad_images and behind.epoch <= bad_since + 1:
+                    continue
+                item = {}
+            else:
+                item = make_item(row, image, *self.place(n), self.args)
+            yield item | {"bad_images": bad_images, "reader": reader, "behind": behind}
+            n, bad_images = n + num_readers, []
+
+    def name(self, row) -> str:
+        """By what its user finds a row: nobody has numbered them."""
+        return f"with the caption {row[self.args.caption_column]!r}"
+
+    def place(self, n) -> tuple[int, int]:
+        """The iteration, and the position in the global batch, of the process's row `n`."""
+        iteration, n = divmod(n, self.rows_an_iteration)
+        micro, n = divmod(n, self.args.train_batch_size)
+        stream = self.stream
+        return iteration, (micro * stream.num_processes + stream.process_index) * self.args.train_batch_size + n
+
+
+def first_images(run, count) -> list[torch.Tensor]:
+    """`pixel_values` of the first `count` images, less those that do not decode, which the loader names."""
+    args, dataset = run.args, run.dataset
+    if args.streaming:
+        images = StreamedImages(dataset, args, 0)
+        rows, items = dataset.head(count), []
+        for position, row in enumerate(rows):
+            try:
+                items.append(make_item(row, read_image(row, images.name(row), args), 0, position, args))
+            except ADTError:
+                continue
+    else:
+        images, order = ImageCaptionDataset(dataset, args), make_batch_sampler(dataset, args)
+        count = min(count, len(dataset), args.max_train_steps * run.global_batch_size)
+        items = [images[order.dataset_index(position), 0, position] for position in range(count)]
+    return [item["pixel_values"] for item in items if "pixel_values" in item]
 
 
 def collate_fn(examples):
@@ -272,6 +418,7 @@ def collate_fn(examples):
         "original_sizes": torch.tensor([example["original_size"] for example in examples]),
         "crop_top_lefts": torch.tensor([example["crop_top_left"] for example in examples]),
         "bad_images": bad_images,
+        "behind": {example["reader"]: example["behind"] for example in examples if "reader" in example},
     }
 
 
@@ -334,6 +481,70 @@ class GlobalBatchSampler(torch.utils.data.Sampler):
                 ]
 
 
+class BucketSampler(GlobalBatchSampler):
+    """The same where each global batch is of one bucket: an epoch is all such batches that are full, in any order.
+
+    So `dataset_size` counts the images of an epoch, and each epoch leaves out others; those in a bucket with fewer
+    images than a global batch never appear.
+
+    Args:
+        buckets: (N,), the column `BUCKET`.
+
+    Raises:
+        ADTError: where no bucket fills a global batch.
+    """
+
+    def __init__(self, buckets, args, num_processes=1, process_index=0, first_iteration=0):
+        super().__init__(0, args, num_processes, process_index, first_iteration)
+        members = [(buckets == bucket).nonzero().flatten() for bucket in range(len(image_sizes(args)))]
+        self.members = [rows for rows in members if len(rows) >= self.global_batch_size]
+        self.dataset_size = sum(self.num_in_epoch(rows) for rows in self.members)
+        if self.dataset_size == 0:
+            raise ADTError(
+                f"No aspect ratio bucket has {self.global_batch_size} images, which are a global batch: take fewer "
+                "--aspect_ratio_buckets, or a smaller batch."
+            )
+
+    def num_in_epoch(self, rows) -> int:
+        return len(rows) // self.global_batch_size * self.global_batch_size
+
+    def draw_permutation(self, epoch):
+        generator, batches = make_generator(self.args.seed, "epoch", epoch), []
+        for rows in self.members:
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            batches.append(rows[: self.num_in_epoch(rows)].view(-1, self.global_batch_size))
+        batches = torch.cat(batches)
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
+
+    def used_indices(self) -> torch.Tensor:
+        if self.args.max_train_steps * self.global_batch_size > self.dataset_size:  # other epochs, other images
+            return torch.cat(self.members).sort().values
+        return super().used_indices()
+
+
+def make_batch_sampler(dataset, args, num_processes=1, process_index=0, first_iteration=0) -> GlobalBatchSampler:
+    place = (args, num_processes, process_index, first_iteration)
+    if args.use_aspect_ratio_buckets:
+        return BucketSampler(torch.tensor(dataset[BUCKET][:]), *place)
+    return GlobalBatchSampler(len(dataset), *place)
+
+
+def images_per_epoch(dataset, args, accelerator) -> int:
+    """How many of the images an epoch has: all, or those in global batches of one bucket; 0 for a stream."""
+    if args.streaming:
+        return 0
+    sampler = make_batch_sampler(dataset, args, accelerator.num_processes)
+    if args.use_aspect_ratio_buckets:
+        num_members = sum(len(rows) for rows in sampler.members)
+        logger.info(
+            f"{len(sampler.members)} aspect ratio buckets have {num_members} of {len(dataset)} images and "
+            f"{sampler.dataset_size // sampler.global_batch_size} global batches an epoch, which leaves out "
+            f"{num_members - sampler.dataset_size} others each time. {len(dataset) - num_members} are never used, as "
+            "their buckets fill no batch."
+        )
+    return sampler.dataset_size
+
+
 def leave_signals_alone(worker_id):
     """Has a worker live on where a scheduler or Ctrl-C signals a whole process group, since the run stops by itself.
 
@@ -357,8 +568,8 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
     args, accelerator = run.args, run.accelerator
     return torch.utils.data.DataLoader(
         ImageCaptionDataset(run.dataset, args),
-        batch_sampler=GlobalBatchSampler(
-            len(run.dataset), args, accelerator.num_processes, accelerator.process_index, run.first_iteration
+        batch_sampler=make_batch_sampler(
+            run.dataset, args, accelerator.num_processes, accelerator.process_index, run.first_iteration
         ),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
@@ -367,6 +578,22 @@ def make_dataloader(run) -> torch.utils.data.DataLoader:
         worker_init_fn=leave_signals_alone,
         generator=make_generator(args.seed, "workers"),  # else it draws from the global one, which serves dropout
     )
+
+
+def stream_micro_batches(run):
+    """Yields what `make_dataloader`'s would, of a `Stream`, without end."""
+    args, stream = run.args, run.dataset
+    loader = torch.utils.data.DataLoader(
+        StreamedImages(stream, args, run.first_iteration),
+        batch_size=None,
+        num_workers=stream.num_workers,
+        prefetch_factor=PREFETCH_FACTOR * args.train_batch_size if stream.num_workers else None,
+        worker_init_fn=leave_signals_alone,
+        generator=make_generator(args.seed, "workers"),
+    )
+    items = (item for item in loader if item)
+    while True:
+        yield collate_fn(list(islice(items, args.train_batch_size)))
 
 
 def load_micro_batches(run, save_checkpoint):
@@ -382,7 +609,7 @@ def load_micro_batches(run, save_checkpoint):
         ADTError: naming the image.
     """
     args, accelerator = run.args, run.accelerator
-    loader, logged = iter(make_dataloader(run)), set()
+    loader, logged = stream_micro_batches(run) if args.streaming else iter(make_dataloader(run)), set()
     for iteration in range(run.first_iteration, args.max_train_steps):
         micro_batches = [next(loader) for _ in range(args.gradient_accumulation_steps)]
         bad_images = [sentence for examples in micro_batches for sentence in examples["bad_images"]]
@@ -405,6 +632,9 @@ def load_micro_batches(run, save_checkpoint):
                 logger.warning(f"{sentence} The next one stands in for it.", main_process_only=False)
             logged.update(bad_images)
             accelerator.log({"skipped_images": num_bad}, step=iteration + 1)
+        if args.streaming:  # the iteration's checkpoint goes on behind it
+            for examples in micro_batches:
+                run.dataset.positions |= examples["behind"]
         while micro_batches:
             yield micro_batches.pop(0)
 
@@ -419,15 +649,19 @@ SAMPLE_SIZE = 64
 def check_used_images(dataset, first_iteration, args, accelerator):
     """Checks the images that a run will use as far as `--check_images` says; warns of empty captions.
 
-    That they exist is looked up in any case, by the main process. Decoding is shared out over the processes. A check
+    Of a stream the first rows alone are looked at. That images exist is looked up in any case, by the main process.
+    Decoding is shared out over the processes. A check
     of all images that found nothing is remembered in the datasets' cache.
 
     Raises:
         ADTError: on every process, naming an image; with `--skip_bad_images` there is a warning instead.
     """
     check_shared_memory(args)
+    if args.streaming:
+        check_first_rows(dataset, args, accelerator)
+        return
     # From the beginning, where the run is resumed, too, so that a full check is remembered.
-    used = GlobalBatchSampler(len(dataset), args, accelerator.num_processes).used_indices()
+    used = make_batch_sampler(dataset, args, accelerator.num_processes).used_indices()
     bad_images, fingerprint = [], None
     if accelerator.is_main_process:
         num_empty = count_empty_captions(dataset, used, args)
@@ -451,13 +685,36 @@ def check_used_images(dataset, first_iteration, args, accelerator):
         remembered.touch()
 
 
+def check_first_rows(stream, args, accelerator):
+    """As `check_used_images`, of those rows of a stream that its main process comes to first."""
+    bad_images, num_empty, rows = [], 0, []
+    if accelerator.is_main_process:
+        rows = stream.head(SAMPLE_SIZE if args.check_images == "sample" else 1)
+        num_empty = sum(map(count_empty, (row[args.caption_column] for row in rows)))
+        images = StreamedImages(stream, args, 0)
+        for row in rows if args.check_images == "sample" else []:
+            try:
+                read_image(row, images.name(row), args)
+            except ADTError as error:
+                bad_images.append(str(error))
+    if num_empty:
+        logger.warning(
+            f"Of the first {len(rows)} rows {num_empty} captions are empty, and trained on as empty prompts."
+        )
+    bad_images, num_rows = broadcast_object_list([bad_images, len(rows)])
+    if num_rows == 0:
+        raise ADTError("The dataset is empty.")
+    report_bad_images(bad_images, num_rows, args)
+
+
 def check_shared_memory(args):
     """Refuses workers that would die of too little shared memory once they run: a container has 64 MB by default."""
     folder = "/dev/shm"
     if args.dataloader_num_workers == 0 or not os.path.isdir(folder):
         return
     num_batches = args.dataloader_num_workers * PREFETCH_FACTOR + args.gradient_accumulation_steps
-    needed = num_batches * args.train_batch_size * 3 * args.resolution**2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pixels = max(height * width for height, width in image_sizes(args))
+    needed = num_batches * args.train_batch_size * 3 * pixels * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ADTError(
@@ -469,10 +726,14 @@ def check_shared_memory(args):
 def count_empty_captions(dataset, indices, args) -> int:
     captions, count = dataset.select_columns(args.caption_column), 0
     for part in indices.split(10_000):
-        for own in captions[part.tolist()][args.caption_column]:
-            own = (own or [""]) if isinstance(own, list) else [own]
-            count += sum(not (caption or "").strip() for caption in own)
+        count += sum(map(count_empty, captions[part.tolist()][args.caption_column]))
     return count
+
+
+def count_empty(captions) -> int:
+    """Of an image's captions."""
+    captions = (captions or [""]) if isinstance(captions, list) else [captions]
+    return sum(not (caption or "").strip() for caption in captions)
 
 
 def find_missing_images(dataset, indices, args) -> tuple[list[str], str]:

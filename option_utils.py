@@ -29,6 +29,8 @@ from diffusers.optimization import SchedulerType
 from PIL import Image
 
 from adt_utils import GRADIENT_PATHS, REFUSED_SAMPLERS, DiffAugment
+from bucket_utils import HAS_DEFAULT_BUCKETS, buckets_of, default_buckets
+from config_utils import with_config
 
 
 BOOLEAN = argparse.BooleanOptionalAction
@@ -51,6 +53,8 @@ class Nature(Enum):
     ADVERSARIAL = "is ignored by plain fine-tuning"
     FINE_TUNING = "is ignored by ADT"
     LORA = "is ignored without --use_lora"
+    STREAMING = "is ignored without --streaming"
+    BUCKETS = "is ignored without --use_aspect_ratio_buckets"
 
 
 class Options(argparse.Namespace):
@@ -211,6 +215,7 @@ def add_data_arguments(parser):
     add("--dataset_name", Nature.BY_CONTENT, default=None,
         help="Hub id or folder of a dataset with images and captions.")  # fmt: skip
     add("--dataset_config_name", Nature.BY_CONTENT, default=None, help="Configuration of the dataset.")
+    add("--dataset_split", Nature.BY_CONTENT, default="train", help="Split of the dataset.")
     add("--train_data_dir", Nature.BY_CONTENT, Nature.PRIVATE, type=existing_folder, default=None,
         help="Folder of images with a metadata.jsonl, instead of --dataset_name.")  # fmt: skip
     add("--image_column", default="image", help="Column with the images.")
@@ -232,10 +237,20 @@ def add_data_arguments(parser):
     # Where it makes a difference, there is no run without it.
     add("--skip_bad_images", Nature.NO_EFFECT, action=BOOLEAN, default=False,
         help="Replace images that do not decode by the next ones, and count them.")  # fmt: skip
+    add("--streaming", Nature.STREAMING, action=BOOLEAN, default=False,
+        help="Read the dataset as it is needed, for one that does not fit the disk; the order differs.")  # fmt: skip
+    add("--shuffle_buffer_size", Nature.STREAMING, type=positive_int, default=1000,
+        help="With --streaming: rows that are shuffled together, of each process that trains.")  # fmt: skip
+    add("--use_aspect_ratio_buckets", Nature.BUCKETS, action=BOOLEAN, default=False,
+        help="Train each image at the size whose shape is the nearest, not square.")  # fmt: skip
+    add("--aspect_ratio_buckets", Nature.BUCKETS, type=buckets_of, default=None,
+        help="Those sizes, as height,width;height,width; else from 1:2 to 2:1, of --resolution's pixels.")  # fmt: skip
 
 
 def add_training_arguments(parser):
     add = adder(parser.add_argument_group("training"))
+    add("--config", Nature.NO_EFFECT, Nature.PRIVATE, default=None,
+        help="YAML or JSON file of options by name; what is typed beside it wins.")  # fmt: skip
     add("--output_dir", Nature.NO_EFFECT, Nature.PRIVATE, type=folder_to_write,
         help="Where the tuned pipeline and checkpoints are written.")  # fmt: skip
     add("--seed", type=int, default=0, help="All randomness derives from it.")
@@ -418,14 +433,16 @@ def parse_options(parser, samplers, input_args=None) -> Options:
         parser: has the options of `add_arguments` at least.
         samplers: {name: (class, default number of steps, ...)}.
     """
-    args = parser.parse_args(input_args, namespace=Options())
+    args = parser.parse_args(with_config(parser, input_args), namespace=Options())
     args.natures = option_natures(parser)
     check_options(args, parser)
     by_default = args.max_train_steps is None and args.num_train_epochs is None
+    computed = args.use_aspect_ratio_buckets and args.aspect_ratio_buckets is None
     return args.replace(
         lora_alpha=float(args.rank) if args.lora_alpha is None else args.lora_alpha,
         num_inference_steps=args.num_inference_steps or samplers[args.sampler][1],
         max_train_steps=20_000 if by_default else args.max_train_steps,
+        aspect_ratio_buckets=default_buckets(args.resolution) if computed else args.aspect_ratio_buckets,
     )
 
 
@@ -433,6 +450,7 @@ def check_options(args, parser):
     """Refuses what no option's own `type=` can tell."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
         parser.error("give either --dataset_name or --train_data_dir.")
+    check_data_options(args, parser)
     if args.adversarial_loss_weight == "auto" and args.diffusion_loss_weight == 0:
         parser.error("--adversarial_loss_weight auto needs a diffusion loss to balance: --diffusion_loss_weight is 0.")
     if args.hub_token is not None and args.report_to not in ("tensorboard", "none"):
@@ -491,3 +509,25 @@ def check_optimizer_options(args, parser):
             )
     elif args.offload_gradients:
         parser.error("--offload_gradients needs --fused_backward_pass.")
+
+
+def check_data_options(args, parser):
+    if args.aspect_ratio_buckets is not None and not args.use_aspect_ratio_buckets:
+        parser.error("--aspect_ratio_buckets needs --use_aspect_ratio_buckets.")
+    if args.use_aspect_ratio_buckets and args.aspect_ratio_buckets is None and not HAS_DEFAULT_BUCKETS:
+        parser.error("--use_aspect_ratio_buckets needs --aspect_ratio_buckets, since this diffusers has no default.")
+    if not args.streaming:
+        return
+    reasons = {
+        "use_aspect_ratio_buckets": "needs the size of each image at the start",
+        "max_train_samples": "draws from the whole dataset",
+        "cache_text_embeddings": "needs all captions at the start",
+    }
+    for flag, reason in reasons.items():
+        if getattr(args, flag, None):
+            parser.error(f"--{flag} {reason}, which --streaming does not know.")
+    if args.num_train_epochs is not None and args.max_train_steps is None:
+        parser.error("--num_train_epochs needs the number of images, which --streaming does not know: give "
+                     "--max_train_steps.")  # fmt: skip
+    if args.check_images == "all":
+        parser.error("--check_images all would read the whole dataset, which is what --streaming avoids.")

@@ -48,6 +48,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adversary_utils import DriftGuard, norm_group
+from bucket_utils import describe_sizes
+from config_utils import CONFIG, write_config
 from data_utils import digest_of, identify_data, make_generator
 from memory_utils import optimizer_state_bytes
 from option_utils import Nature
@@ -80,6 +82,8 @@ def checkpoint_config(args, accelerator) -> dict:
     natures = [Nature.FREE, Nature.NO_EFFECT, Nature.COUNTED, Nature.SECRET]
     natures += [Nature.FINE_TUNING if args.adversarial else Nature.ADVERSARIAL]
     natures += [] if args.use_lora else [Nature.LORA]
+    natures += [] if args.streaming else [Nature.STREAMING]
+    natures += [] if args.use_aspect_ratio_buckets else [Nature.BUCKETS]
     ignored = args.of_nature(*natures)
     config = {name: value for name, value in vars(args).items() if name not in ignored}
     config["global_batch_size"] = global_batch_size(args, accelerator)
@@ -109,7 +113,7 @@ def identify_run(args, schedule, dataset, accelerator) -> dict:
             for name, value in config.items()
             if name.endswith("model_name_or_path") and value is not None
         }
-        data = identify_data(dataset, args)
+        data = {"stream": dataset.identify()} if args.streaming else identify_data(dataset, args)
         identity = {"config": config, "models": models, "data": data, "schedule": schedule}
     return broadcast_object_list([identity])[0]
 
@@ -178,6 +182,8 @@ def check_identity(path, before, now, args):
     if different:
         raise ADTError(f"The checkpoint {path} was made with another configuration: {', '.join(different)}.")
     of_data, data = before["data"], now["data"]
+    if args.streaming and of_data != data:
+        raise ADTError(f"The checkpoint {path} was made with the stream {of_data['stream']} (now {data['stream']}).")
     if of_data != data:
         others = sum(old != new for old, new in zip(of_data["sizes"], data["sizes"]))
         if {**of_data, "sizes": 0} == {**data, "sizes": 0} and others <= MOST_MENDED * len(data["sizes"]):
@@ -410,9 +416,10 @@ def register_checkpoint_hooks(generator, run):
     """Has accelerate save and load the networks as safetensors, in the layout that pipelines load.
 
     A checkpoint then has, of these hooks, the network's folder (or its adapters' file), the same in `*_ema` with
-    `ema.json`, and `discriminator.safetensors`; of accelerate, `optimizer.bin` and `custom_checkpoint_0.pkl` (the
-    generator's optimizer and schedule), `optimizer_1.bin` and `custom_checkpoint_1.pkl` (the discriminator's) and each
-    process's `random_states_*.pkl`; and of `save_checkpoint`, `adt_checkpoint.json`. What will not fit is refused.
+    `ema.json`, `discriminator.safetensors`, and each process's `stream_*.json` with `--streaming`; of accelerate,
+    `optimizer.bin` and `custom_checkpoint_0.pkl` (the generator's optimizer and schedule), `optimizer_1.bin` and
+    `custom_checkpoint_1.pkl` (the discriminator's) and each process's `random_states_*.pkl`; and of `save_checkpoint`,
+    `adt_checkpoint.json`. What will not fit is refused.
     """
     check_disk(generator, run)
     # The hooks live as long as the accelerator: they must not hold what data parallelism wraps, see `end_run`.
@@ -436,6 +443,8 @@ def register_checkpoint_hooks(generator, run):
 
     def save_model_hook(models, weights, output_dir):
         weights.clear()  # what is left here, accelerate would save
+        if args.streaming:
+            run.dataset.save(output_dir)
         if not accelerator.is_main_process:
             return
         for model in map(accelerator.unwrap_model, models):
@@ -469,9 +478,11 @@ def register_checkpoint_hooks(generator, run):
 
 
 def load_checkpoint(run):
-    """Continues from the run's checkpoint, where it has one: networks, optimizers, schedules, average."""
+    """Continues from the run's checkpoint, where it has one: networks, optimizers, schedules, average, stream."""
     if run.checkpoint is not None:
         run.accelerator.load_state(str(run.checkpoint))
+        if run.args.streaming:
+            run.dataset.load(run.checkpoint)
         logger.info(f"Resuming from {run.checkpoint}")
 
 
@@ -864,7 +875,11 @@ def save_result(generator, models, grids, run):
     """
     args, family = run.args, run.family
     sampler = type(models.sampler).from_config(models.sampler.config)
-    written = ["README.md", "adt_config.json"]  # what an upload takes, and nothing else that the folder may hold
+    written = [
+        "README.md",
+        "adt_config.json",
+        CONFIG,
+    ]  # what an upload takes, and nothing else that the folder may hold
     with generator.averaged():
         if args.use_lora:
             save_adapters(generator.network, family, args.output_dir)
@@ -881,6 +896,7 @@ def save_result(generator, models, grids, run):
         grid.save(file)
         written.append(f"images/{file.name}")
     write_model_card(models.sampler, bool(grids), run)
+    write_config(args, args.of_nature(Nature.PRIVATE, Nature.SECRET), Path(args.output_dir, CONFIG))
     logger.info(f"Saved the result in {args.output_dir}")
     if args.push_to_hub:
         upload_result(written, run)
@@ -1037,7 +1053,8 @@ def write_model_card(sampler, has_images, run):
         sampling=run.method.sampling.format(described=described)
         + FUSED * args.fuse_lora
         + KOHYA * args.output_kohya_format
-        + family.inference_note(args),
+        + family.inference_note(args)
+        + describe_sizes(args),
         image_prompts=args.validation_prompts if has_images else [],
         facts=facts,
         options={name: str(value).replace("|", "\\|") for name, value in sorted(facts["training_options"].items())},

@@ -58,6 +58,7 @@ from data_utils import (
     OnDevice,
     check_used_images,
     draw_per_image,
+    images_per_epoch,
     load_image_caption_dataset,
     load_micro_batches,
     make_generator,
@@ -88,6 +89,7 @@ from training_utils import (
     Progress,
     Run,
     Totals,
+    check_image_sizes,
     check_latents,
     check_lora,
     concatenate,
@@ -200,8 +202,7 @@ def check_models(args):
         raise ADTError(f"{path} is a {index['_class_name']}; this script tunes a StableDiffusionPipeline.")
     vae_config = load_vae_config(args)
     factor = vae_factor(vae_config)
-    if args.resolution % factor:
-        raise ADTError(f"--resolution {args.resolution} is not divisible by the VAE's factor {factor}.")
+    check_image_sizes(args, factor, f"the VAE's factor {factor}")
     if unet_config["in_channels"] != vae_config["latent_channels"]:
         raise ADTError(
             f"The UNet of {path} takes {unet_config['in_channels']} channels and the VAE of "
@@ -549,7 +550,7 @@ def main(args):
     # Everything that can be checked before a model is loaded.
     sampler, noise_scheduler, default_size = check_models(args)
     dataset = load_image_caption_dataset(args)
-    args = resolve_schedule(args, len(dataset), accelerator)
+    args = resolve_schedule(args, images_per_epoch(dataset, args, accelerator), accelerator)
     identity = identify_run(args, sampler_schedule(sampler), dataset, accelerator)
     checkpoint, first_iteration = find_checkpoint(identity, args)
     check_used_images(dataset, first_iteration, args, accelerator)

@@ -69,12 +69,14 @@ from adt_utils import (
     update_spectral_norm,
 )
 from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
+from bucket_utils import image_sizes
 from data_utils import (
     EmbeddingCache,
     OnDevice,
     check_used_images,
     draw_per_image,
     fingerprint_text_encoders,
+    images_per_epoch,
     list_captions,
     load_image_caption_dataset,
     load_micro_batches,
@@ -112,6 +114,7 @@ from training_utils import (
     Progress,
     Run,
     Totals,
+    check_image_sizes,
     check_latents,
     check_lora,
     concatenate,
@@ -286,17 +289,13 @@ def check_models(args):
     vae_config = load_vae_config(args)
     factor = vae_factor(vae_config)
     pixels = factor * transformer_config["patch_size"]  # a side of an image token
-    if args.resolution % pixels:
-        raise ADTError(
-            f"--resolution {args.resolution} is not divisible by {pixels}, the VAE's factor times the transformer's "
-            "patch size."
-        )
-    side = args.resolution // pixels
-    if side > transformer_config["pos_embed_max_size"]:
-        raise ADTError(
-            f"--resolution {args.resolution} is too large: {path} has positions for "
-            f"{transformer_config['pos_embed_max_size'] * pixels} pixels a side."
-        )
+    check_image_sizes(args, pixels, f"{pixels}, the VAE's factor times the transformer's patch size")
+    most = transformer_config["pos_embed_max_size"] * pixels
+    for side in (args.resolution, *(side for size in image_sizes(args) for side in size)):
+        if side > most:
+            raise ADTError(f"--resolution {side} is too large: {path} has positions for {most} pixels a side.")
+    if args.use_aspect_ratio_buckets and scheduler_config.get("use_dynamic_shifting", False):
+        raise ADTError(f"{path} shifts its noise levels by the image's size, which --use_aspect_ratio_buckets varies.")
     if transformer_config["in_channels"] != vae_config["latent_channels"]:
         raise ADTError(
             f"The transformer of {path} takes {transformer_config['in_channels']} channels and the VAE of "
@@ -304,7 +303,7 @@ def check_models(args):
         )
     if vae_config.get("shift_factor") is None:
         raise ADTError(f"The VAE of {vae_path or path} has no shift_factor: it is no VAE of SD3's.")
-    sampler = make_sampler(args, scheduler_config, side * side)
+    sampler = make_sampler(args, scheduler_config, (args.resolution // pixels) ** 2)
     noise_scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config)
     check_adversary(args)
     check_lora(args, SD3Transformer2DModel, transformer_config)
@@ -803,7 +802,7 @@ def main(args):
     # Everything that can be checked before a model is loaded.
     sampler, noise_scheduler, default_size = check_models(args)
     dataset = load_image_caption_dataset(args)
-    args = resolve_schedule(args, len(dataset), accelerator)
+    args = resolve_schedule(args, images_per_epoch(dataset, args, accelerator), accelerator)
     identity = identify_run(args, sampler_schedule(sampler), dataset, accelerator)
     checkpoint, first_iteration = find_checkpoint(identity, args)
     check_used_images(dataset, first_iteration, args, accelerator)

@@ -63,6 +63,7 @@ from data_utils import (
     check_used_images,
     draw_per_image,
     fingerprint_text_encoders,
+    images_per_epoch,
     list_captions,
     load_image_caption_dataset,
     load_micro_batches,
@@ -94,6 +95,7 @@ from training_utils import (
     Progress,
     Run,
     Totals,
+    check_image_sizes,
     check_latents,
     check_lora,
     concatenate,
@@ -215,8 +217,7 @@ def check_models(args):
         raise ADTError(f"{path} is a {index['_class_name']}; this script tunes a StableDiffusionXLPipeline.")
     vae_config = load_vae_config(args)
     factor = vae_factor(vae_config)
-    if args.resolution % factor:
-        raise ADTError(f"--resolution {args.resolution} is not divisible by the VAE's factor {factor}.")
+    check_image_sizes(args, factor, f"the VAE's factor {factor}")
     if unet_config["in_channels"] != vae_config["latent_channels"]:
         raise ADTError(
             f"The UNet of {path} takes {unet_config['in_channels']} channels and the VAE of "
@@ -308,14 +309,14 @@ def make_conditions(examples, positive, negative, dropped, args) -> Conditions:
     image's, in the rollout what the pipeline passes at inference, unless `--rollout_time_ids image`.
 
     Args:
-        examples: with `original_sizes` and `crop_top_lefts`, (B, 2) each.
+        examples: with `pixel_values` (B, 3, H, W), `original_sizes` and `crop_top_lefts`, (B, 2) each.
         positive: the prompts' embeddings, dict of (B, ...).
         negative: those of the pipeline's unconditional branch, dict of (1, ...).
         dropped: (B,), which images' captions are dropped. In the diffusion loss only: the sampler is run with them.
     """
     negative = {name: value.expand_as(positive[name]) for name, value in negative.items()}
     loss = {name: torch.where(expand(dropped, value), negative[name], value) for name, value in positive.items()}
-    target_sizes = torch.full_like(examples["original_sizes"], args.resolution)
+    target_sizes = torch.tensor(examples["pixel_values"].shape[2:]).expand_as(examples["original_sizes"])
     image_ids = torch.cat([examples["original_sizes"], examples["crop_top_lefts"], target_sizes], dim=1)
     inference_ids = torch.cat([target_sizes, torch.zeros_like(target_sizes), target_sizes], dim=1)
     device = positive["prompt_embeds"].device
@@ -406,7 +407,8 @@ def inference_note(args) -> str:
     if args.rollout_time_ids == "image":
         condition = "each training image's own size and crop (`original_size`, `crops_coords_top_left`)"
     else:
-        condition = f"the original size {args.resolution}x{args.resolution} and no crop, the pipeline's defaults"
+        size = "of each image's bucket" if args.use_aspect_ratio_buckets else f"{args.resolution}x{args.resolution}"
+        condition = f"the original size {size} and no crop, the pipeline's defaults"
     return f" It was\nconditioned on {condition}."
 
 
@@ -648,7 +650,7 @@ def main(args):
     # Everything that can be checked before a model is loaded.
     sampler, noise_scheduler, default_size = check_models(args)
     dataset = load_image_caption_dataset(args)
-    args = resolve_schedule(args, len(dataset), accelerator)
+    args = resolve_schedule(args, images_per_epoch(dataset, args, accelerator), accelerator)
     identity = identify_run(args, sampler_schedule(sampler), dataset, accelerator)
     checkpoint, first_iteration = find_checkpoint(identity, args)
     check_used_images(dataset, first_iteration, args, accelerator)

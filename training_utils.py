@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py` and `memory_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py`
-stand on all three, and the scripts on all six.
+It stands on `option_utils.py`, `memory_utils.py` and `bucket_utils.py`; `streaming_utils.py`, `data_utils.py`,
+`adversary_utils.py` and `output_utils.py` stand on it, and the scripts on all of them.
 """
 
 import contextlib
@@ -53,6 +53,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from adt_utils import SimulatedInference
+from bucket_utils import image_sizes
 from memory_utils import (
     FusedBackward,
     check_memory_options,
@@ -302,7 +303,8 @@ class Progress:
         )
         num_parameters = sum(parameter.numel() for parameter in trainable_parameters(generator.network))
         logger.info("***** Running training *****")
-        logger.info(f"  Images = {len(run.dataset)}, global batch = {run.global_batch_size}")
+        num_images = "streamed" if args.streaming else len(run.dataset)
+        logger.info(f"  Images = {num_images}, global batch = {run.global_batch_size}")
         logger.info(
             f"  Iterations = {run.first_iteration} to {args.max_train_steps}, generator updates = "
             f"{run.num_generator_updates}"
@@ -424,6 +426,16 @@ def freeze_vae(vae, dtype, args, accelerator) -> AutoencoderKL:
 def vae_factor(vae_config) -> int:
     """By how much a VAE's latents are smaller than its images, a side."""
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def check_image_sizes(args, step, of_what):
+    """Raises `ADTError` where a side of the images is not divisible by `step`, which `of_what` explains."""
+    sides = [("resolution", args.resolution)]
+    if args.use_aspect_ratio_buckets:
+        sides += [("aspect_ratio_buckets", side) for size in image_sizes(args) for side in size]
+    for option, side in sides:
+        if side % step:
+            raise ADTError(f"--{option} {side} is not divisible by {of_what}.")
 
 
 def sample_posterior(vae, pixel_values, posterior_noise):

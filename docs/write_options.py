@@ -28,6 +28,8 @@ WHERE = {
     "ADT": (["--use_lora"], ["--use_lora", "--adversarial_loss_weight", "0"]),
     "fine-tuning": (["--use_lora", "--adversarial_loss_weight", "0"], ["--use_lora"]),
     "LoRA": (["--use_lora"], []),
+    "streaming": (["--streaming"], []),
+    "buckets": (["--use_aspect_ratio_buckets"], []),
 }
 INTRODUCTION = """\
 # Options

@@ -36,7 +36,7 @@ import train_adt_sd3
 import train_adt_sd15
 import train_adt_sdxl
 from adt_utils import SimulatedInference, TrainStep
-from data_utils import check_used_images, list_captions, load_image_caption_dataset
+from data_utils import check_used_images, images_per_epoch, list_captions, load_image_caption_dataset
 from option_utils import Nature, adder
 from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
 from training_utils import Run, expand, resolve_schedule, start_accelerator, weight_dtype
@@ -73,7 +73,8 @@ def make_parser(name, description, without=(), families=FAMILIES, **defaults) ->
     parser.description = description
     parser.set_defaults(adversarial_loss_weight=0.0, **defaults)  # which is what "no simulated inference" means
     drift = ("drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift")
-    absent = {"adversarial_loss_weight", "rollout_time_ids", *drift, *without}
+    buckets = ("use_aspect_ratio_buckets", "aspect_ratio_buckets")  # some of these discriminators see squares alone
+    absent = {"adversarial_loss_weight", "rollout_time_ids", *buckets, *drift, *without}
     for action in list(parser._actions):
         if action.dest in absent or Nature.ADVERSARIAL in getattr(action, "natures", ()):
             parser.set_defaults(**{action.dest: action.default})
@@ -104,7 +105,7 @@ def start_run(module, make_family, make_method, args, check=lambda noise_schedul
     sampler, noise_scheduler, default_size = module.check_models(args)
     check(noise_scheduler, args)
     dataset = load_image_caption_dataset(args)
-    args = resolve_schedule(args, len(dataset), accelerator)
+    args = resolve_schedule(args, images_per_epoch(dataset, args, accelerator), accelerator)
     schedule = sampler_schedule(sampler)
     if timesteps is not None:
         schedule = {"timesteps": timesteps(noise_scheduler, module, args).tolist()}

@@ -99,7 +99,7 @@ def test_dataset_name_and_columns(run, tmp_path, dataset_path):
 
 
 def test_dataset_config_name(monkeypatch, tmp_path):
-    def load_dataset(path, name, cache_dir):
+    def load_dataset(path, name, cache_dir, streaming):
         raise LookupError(f"{path} {name} {cache_dir}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 import write_options  # noqa: E402
 
 
+NEEDED = ["--pretrained_model_name_or_path", "base"]
 PAGES = [ROOT / "README.md", ROOT / "related" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a page names because a command writes it.
 WRITTEN = {"report.md", "sd15-adt/README.md"}
@@ -62,3 +63,22 @@ def test_the_map_names_what_is_there():
     source = "\n".join(file.read_text() for file in files)
     defined = set(re.findall(r"(?:\bdef|\bclass|^) *(\w+)(?=[(:]| = |: )", source, re.MULTILINE))
     assert len(names) > 30 and names - defined == set()
+
+
+def test_compared_options():
+    """Those that docs/compared.md says are here are, and those that it says are missing are not."""
+    text = (ROOT / "docs" / "compared.md").read_text()
+    known = {
+        option for script in write_options.SCRIPTS.values() for option in vars(script.make_parser().parse_args(NEEDED))
+    }
+    missing = text.split("## Missing here")[1].split("## Only here")[0]
+    there = {name for row in missing.splitlines() for name in re.findall(r"`--(\w+)`", row.rpartition(" | ")[0])}
+    assert len(there) > 30 and there & known == set()
+    here = set(re.findall(r"`--(\w+)`", text.split("## Only here")[1]))
+    here |= {
+        name
+        for row in text.split("## Missing here")[0].splitlines()
+        if row.startswith("| ")
+        for name in re.findall(r"`--(\w+)`", row.rpartition(" | ")[2])
+    }
+    assert len(here) > 15 and here <= known

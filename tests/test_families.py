@@ -71,7 +71,8 @@ def base_pipeline(base_path):
 
 def unconditional_examples(count=1):
     """What SDXL's conditions are made of, beside the prompts."""
-    return {"original_sizes": torch.tensor([[20, 25]] * count), "crop_top_lefts": torch.tensor([[1, 2]] * count)}
+    sizes = {"original_sizes": torch.tensor([[20, 25]] * count), "crop_top_lefts": torch.tensor([[1, 2]] * count)}
+    return sizes | {"pixel_values": torch.zeros(count, 3, 16, 16)}
 
 
 def load(path, **components):

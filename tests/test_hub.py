@@ -14,6 +14,7 @@ from hub_server import HubServer
 from huggingface_hub import HfApi, constants
 
 import output_utils
+from config_utils import CONFIG
 from output_utils import ADAPTERS, KOHYA_ADAPTERS
 from training_utils import ADTError
 
@@ -87,7 +88,7 @@ def test_pushed_results_come_back_and_the_token_stays(pushed, sd15_path, tmp_pat
     # What is there is what the runs wrote, less checkpoints, logs and validations.
     for name, files in hub.files.items():
         assert all(content == (tmp_path / name.split("/")[1] / path).read_bytes() for path, content in files.items())
-    card = {"README.md", "adt_config.json", "images/prompt-0.png", "scheduler/scheduler_config.json"}
+    card = {"README.md", "adt_config.json", CONFIG, "images/prompt-0.png", "scheduler/scheduler_config.json"}
     assert hub.files["you/lora"].keys() == card | {ADAPTERS, KOHYA_ADAPTERS}
     weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
     assert hub.files["you/full"].keys() > card | weights | {"model_index.json", "text_encoder/model.safetensors"}
@@ -156,7 +157,8 @@ def test_refused_upload_loses_nothing(run, ask, tmp_path, refused):
         ask(hub)
         with pytest.raises(ADTError, match=f"saved in {output}, but it could not be uploaded; .*403") as error:
             run(*PUSH, "--use_lora", "--max_train_steps", 2)
-    command = f"hf upload you/tuned {output} . --include README.md --include adt_config.json --include {ADAPTERS}"
+    command = f"hf upload you/tuned {output} . --include README.md --include adt_config.json --include {CONFIG}"
+    command += f" --include {ADAPTERS}"
     assert command in str(error.value) and "\n" not in str(error.value) and TOKEN not in str(error.value)
     assert (output / ADAPTERS).is_file() and (output / "README.md").is_file()
     assert set(read_scalars(output)["discriminator_loss"]) == {1, 2}

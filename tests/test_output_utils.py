@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import output_utils
 import train_adt_sd15 as train
+from config_utils import CONFIG
 from output_utils import (
     ADAPTERS,
     KOHYA_ADAPTERS,
@@ -428,7 +429,7 @@ def test_push_to_hub_sends_the_result_and_nothing_else(run, monkeypatch, tmp_pat
     files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]
     assert any("tfevents" in file for file in files) and any("checkpoint-2" in file for file in files)
     sent = set(filter_repo_objects(files, allow_patterns=upload["allow_patterns"]))
-    own = {"README.md", "adt_config.json", "images/prompt-0.png", "scheduler/scheduler_config.json"}
+    own = {"README.md", "adt_config.json", CONFIG, "images/prompt-0.png", "scheduler/scheduler_config.json"}
     kohya, pipeline = "--output_kohya_format" in more, {"model_index.json", "unet/config.json", "vae/config.json"}
     assert own <= sent and (ADAPTERS in sent) == ("--use_lora" in more)
     assert sent == own | {ADAPTERS, KOHYA_ADAPTERS} if kohya else pipeline <= sent

@@ -171,6 +171,7 @@ def test_dropped_captions_are_the_unconditional_branch_in_the_loss_alone(options
     encoder = train.PromptEncoder(args, NO_ACCELERATOR)
     positive = encoder(["a red disc", "a blue square"])
     examples = {"original_sizes": torch.tensor([[20, 25]] * 2), "crop_top_lefts": torch.tensor([[1, 2]] * 2)}
+    examples["pixel_values"] = torch.zeros(2, 3, 16, 16)
     conditions = train.make_conditions(examples, positive, encoder.negative, torch.tensor([True, False]), args)
     for name, value in positive.items():
         assert torch.equal(conditions.positive[name], value)

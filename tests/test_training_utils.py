@@ -46,7 +46,7 @@ def test_natures(name):
     args = FAMILIES[name].train.parse_args(SHORTEST)
     assert args.natures.keys() == vars(args).keys()
     assert args.of_nature(Nature.SECRET) == {"hub_token"}
-    places = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "resume_from_checkpoint"}
+    places = {"output_dir", "logging_dir", "cache_dir", "train_data_dir", "resume_from_checkpoint", "config"}
     assert args.of_nature(Nature.PRIVATE) - {"cache_text_embeddings"} == places
     assert args.of_nature(Nature.ADVERSARIAL) >= {option for option in vars(args) if "discriminator" in option}
     lora = {"rank", "use_dora", "bnb_quantization_config_path"}
@@ -113,7 +113,8 @@ ELSEWHERE = {
     "validation_steps", "max_train_time",
     "drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift",
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
-    "hub_model_id", "hub_token",
+    "hub_model_id", "hub_token", "config", "dataset_split", "streaming", "shuffle_buffer_size",
+    "use_aspect_ratio_buckets", "aspect_ratio_buckets",
 }  # fmt: skip
 
 
