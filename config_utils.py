@@ -14,6 +14,7 @@
 """Options in a file: `--config` is read by `with_config`, and `write_config` writes one beside a result."""
 
 import difflib
+import json
 import os
 import sys
 from argparse import ArgumentParser
@@ -45,7 +46,9 @@ def config_words(parser, file) -> list[str]:
         parser.error(f"--config {file} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(options, dict):
         parser.error(f"--config {file} must have options by name, such as `learning_rate: 1e-5`.")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    # By their own names alone: an alias of one has its `dest`.
+    actions = {action.dest: action for action in parser._actions if f"--{action.dest}" in action.option_strings}
+    del actions["help"], actions["config"]
     words = []
     for name, value in options.items():
         if name not in actions:
@@ -66,6 +69,10 @@ def option_words(parser, where, action, value) -> list[str]:
         return [flag] if value else action.option_strings[1:]
     if any(isinstance(one, bool) for one in values):
         parser.error(f"{where}: YAML reads yes, no, on and off as true and false; put the value in quotes.")
+    if isinstance(value, dict) and action.dest.endswith("_config_path"):  # what stood in that file
+        return [f"{flag}={json.dumps(value)}"]
+    if isinstance(value, list) and isinstance(action.default, list) and action.nargs is None:
+        return [f"{flag}={','.join(map(str, value))}"]
     if isinstance(value, dict) or (isinstance(value, list) and action.nargs not in ("+", "*")):
         parser.error(f"{where} takes one value.")
     if isinstance(value, list):

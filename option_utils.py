@@ -152,9 +152,9 @@ def existing_folder(text):
 
 
 def four_bit_config(text):
-    """A `type=` function: a JSON file's options of diffusers' `BitsAndBytesConfig`, with `load_in_4bit`."""
+    """A `type=` function: options of diffusers' `BitsAndBytesConfig`, with `load_in_4bit`; JSON, or a file of it."""
     try:
-        config = json.loads(Path(text).read_text())
+        config = json.loads(text if text.startswith("{") else Path(text).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text} is no readable JSON file: {error}") from None
     if not isinstance(config, dict) or config.get("load_in_4bit") is not True:

@@ -9,7 +9,7 @@ from conftest import FAMILIES
 from helpers import equal, read_network
 
 import train_adt_sd3
-from config_utils import CONFIG
+from config_utils import CONFIG, write_config
 from train_adt_sd15 import parse_args
 
 
@@ -95,6 +95,15 @@ def test_missing_file(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--config", "nowhere.yaml"])
     assert "--config nowhere.yaml cannot be read: [Errno 2]" in capsys.readouterr().err
+
+
+def test_written_options_of_other_forms(tmp_path):
+    """An alias's, a list's in one word, and what stood in another file."""
+    (tmp_path / "nf4.json").write_text('{"load_in_4bit": true}')
+    words = ("--use_8bit_adam", "--use_lora", "--lora_layers", "to_q,to_k")
+    args = typed(*words, "--bnb_quantization_config_path", str(tmp_path / "nf4.json"))
+    write_config(args, set(), tmp_path / "options.yaml")
+    assert values(parse_args(["--config", str(tmp_path / "options.yaml")])) == values(args)
 
 
 def test_a_results_options_make_it_again(run, base_path, dataset_path, dinov2_path, tmp_path, monkeypatch):
