@@ -32,7 +32,6 @@ def prompt_masks(**options):
     return masks("prompt_attention_mask", "negative_prompt_attention_mask", **options)
 
 
-
 def sd15():
     pipeline = diffusers.StableDiffusionPipeline(
         vae=make_vae(),
