@@ -71,16 +71,10 @@ def find_denoiser(pipeline) -> str:
     return stages[0]
 
 
-def check_pipeline(pipeline) -> None:
-    """Raises `ValueError`, in one sentence, where `pipeline` cannot be sent a gradient as it is."""
+def check_components(pipeline) -> None:
+    """Raises `ValueError`, in one sentence, where the path does not hold for what `pipeline` is made of."""
     name, components = type(pipeline).__name__, pipeline.components
     find_denoiser(pipeline)
-    if not hasattr(type(pipeline).__call__, "__wrapped__"):
-        raise ValueError(f"{name}.__call__ is not wrapped in torch.no_grad, as diffusers' own pipelines are.")
-    if any(base.__name__ == "PAGMixin" for base in type(pipeline).__mro__):
-        raise ValueError(f"{name} puts other attention processors into its denoiser for the time of a call.")
-    if not hasattr(pipeline, "image_processor"):
-        raise ValueError(f"{name} has no image_processor, so where its images leave the decoder is not known.")
     check_scheduler(pipeline.scheduler)
     if components.get("safety_checker") is not None:
         raise ValueError(f"{name} would black out images that the loss needs; load it with safety_checker=None.")
@@ -99,6 +93,18 @@ def check_pipeline(pipeline) -> None:
                     f"{name}'s {part} has hooks of diffusers ({', '.join(registry.hooks)}), under which a replay need "
                     "not repeat the call."
                 )
+
+
+def check_pipeline(pipeline) -> None:
+    """Raises `ValueError`, in one sentence, where `pipeline` cannot be sent a gradient as it is."""
+    name = type(pipeline).__name__
+    if not hasattr(type(pipeline).__call__, "__wrapped__"):
+        raise ValueError(f"{name}.__call__ is not wrapped in torch.no_grad, as diffusers' own pipelines are.")
+    if any(base.__name__ == "PAGMixin" for base in type(pipeline).__mro__):
+        raise ValueError(f"{name} puts other attention processors into its denoiser for the time of a call.")
+    if not hasattr(pipeline, "image_processor"):
+        raise ValueError(f"{name} has no image_processor, so where its images leave the decoder is not known.")
+    check_components(pipeline)
 
 
 @dataclass
@@ -317,11 +323,13 @@ class ConstrainedPipeline:
         start: `Start` of the last call, where it started from an image; else None.
 
     Raises:
-        ValueError: for what cannot work, see `check_pipeline`.
+        ValueError: for what cannot work, see `check`.
     """
 
+    check = staticmethod(check_pipeline)
+
     def __init__(self, pipeline, num_gradient_steps=3, gradient_path="adt", network=None, generator=None):
-        check_pipeline(pipeline)
+        self.check(pipeline)
         if num_gradient_steps < 1:
             raise ValueError(f"num_gradient_steps must be at least 1, not {num_gradient_steps}.")
         if gradient_path not in GRADIENT_PATHS:
@@ -361,15 +369,20 @@ class ConstrainedPipeline:
             ValueError: for a pipeline or arguments for which the path does not hold, before the denoiser is first
                 called, or where the scheduler first is.
         """
-        check_pipeline(self.pipeline)
         if kwargs.get("output_type", "pt") not in ("pt", "latent"):
             raise ValueError(f"output_type must be 'pt' or 'latent', not '{kwargs['output_type']}'.")
+        options = {"output_type": "pt", **kwargs, "return_dict": False}
+        run = type(self.pipeline).__call__.__wrapped__
+        return self.record(lambda: run(self.pipeline, *args, **options)[0], train_steps)
+
+    def record(self, run, train_steps=None):
+        """What `run()` returns, the images or latents of one pass through the pipeline's loop, attached."""
+        self.check(self.pipeline)
         if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise ValueError(f"No parameter of the pipeline's {self.name} requires a gradient.")
         call = Call(self, train_steps)
         with call.installed():
-            options = {"output_type": "pt", **kwargs, "return_dict": False}
-            images = type(self.pipeline).__call__.__wrapped__(self.pipeline, *args, **options)[0]
+            images = run()
         self.start = call.start
         if {kept.index for kept in call.kept} != set(call.train_steps):
             raise ValueError(f"The pipeline ended before it had come to all of the steps {sorted(call.train_steps)}.")
