@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ADT's constrained path for any text-to-image pipeline of diffusers. Needs `adt_utils.py` beside it.
 """ADT's discriminator on a pipeline of one's own: low-rank adapters of any image-to-image pipeline.
 
     python examples/adt_discriminator.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \

@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ADT's constrained path for any text-to-image pipeline of diffusers. Needs `adt_utils.py` beside it.
 """An own reward: low-rank adapters of Stable Diffusion that raise the CLIP score of its images.
 
     python examples/clip_reward.py --prompts "a lighthouse at dusk" "an old sailor" --output_dir sd15-clip
@@ -51,7 +50,7 @@ def parse_args(arguments=None):
 
 
 def clip_score(model, tokenizer, images, prompts):
-    """Cosines (B,) of the embeddings of images (B, 3, H, W) in [-1, 1] and their prompts, with gradient to the images."""
+    """Cosines (B,) of the embeddings of images, (B, 3, H, W) in about [-1, 1], and of their prompts."""
     size = (model.config.vision_config.image_size,) * 2
     images = F.interpolate(images.float(), size, mode="bicubic", antialias=True) / 2 + 0.5
     mean, std = (images.new_tensor(values).view(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))

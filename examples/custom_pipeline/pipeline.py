@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ADT's constrained path for any text-to-image pipeline of diffusers. Needs `adt_utils.py` beside it.
 """FLUX.1 with ADT's constrained path, as a custom pipeline. Needs `adt_pipeline.py` and `adt_utils.py` beside it.
 
     pipeline = DiffusionPipeline.from_pretrained(
@@ -24,8 +23,8 @@ For another family, put its pipeline's class in the place of `FluxPipeline`.
 
 from diffusers import FluxPipeline
 
-from . import adt_utils  # noqa: F401  (diffusers brings the files that this one names)
 from .adt_pipeline import ConstrainedPipeline
+from .adt_utils import check_scheduler  # noqa: F401  (diffusers brings the files that this one names)
 
 
 class AdtFluxPipeline(FluxPipeline):

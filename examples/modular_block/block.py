@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ADT's constrained path for any text-to-image pipeline of diffusers. Needs `adt_utils.py` beside it.
 """FLUX.1's denoising as a modular block that can be sent a gradient. Needs `adt_pipeline.py` and `adt_utils.py`.
 
     block = ModularPipelineBlocks.from_pretrained(FOLDER_OR_REPOSITORY, trust_remote_code=True)
@@ -60,7 +59,7 @@ def differentiable(block):
 
 
 class ConstrainedDenoiseStep(SequentialPipelineBlocks):
-    """Denoises and decodes; `images` are (B, 3, H, W) in about [-1, 1], attached, `tunable` a `ConstrainedPipeline`."""
+    """Denoises and decodes; `images` are (B, 3, H, W) in about [-1, 1], attached; `tunable` sends a gradient."""
 
     model_name = "flux"
     block_classes = [*FluxCoreDenoiseStep.block_classes, FluxDecodeStep]
