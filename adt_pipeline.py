@@ -98,6 +98,7 @@ def check_components(pipeline) -> None:
 def check_pipeline(pipeline) -> None:
     """Raises `ValueError`, in one sentence, where `pipeline` cannot be sent a gradient as it is."""
     name = type(pipeline).__name__
+    find_denoiser(pipeline)
     if not hasattr(type(pipeline).__call__, "__wrapped__"):
         raise ValueError(f"{name}.__call__ is not wrapped in torch.no_grad, as diffusers' own pipelines are.")
     if any(base.__name__ == "PAGMixin" for base in type(pipeline).__mro__):

@@ -60,18 +60,19 @@ def main(args):
     def run(call, **options):
         return call(args.prompt, latents=latents, num_inference_steps=args.num_inference_steps, **options)
 
-    before = run(pipeline).images[0]
+    before, losses = run(pipeline).images[0], []
     for step in range(args.max_train_steps):
         images = run(tunable)
         loss = (images.mean(dim=(2, 3)) - color).square().mean()
         tunable.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"{step + 1:3d} of {args.max_train_steps}: loss {loss.item():.4f}")
+        losses.append(loss.item())
+        print(f"{step + 1:3d} of {args.max_train_steps}: loss {losses[-1]:.4f}")
     after = run(pipeline).images[0]
     target = pipeline.image_processor.postprocess(color.view(1, 3, 1, 1).expand(1, 3, *before.size))[0]
     make_image_grid([before, after, target], 1, 3, resize=192).save(args.output)
-    return loss.item()
+    return losses
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The plugin's examples, on tiny models, and its packages, loaded from a folder as diffusers loads them."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -31,13 +32,10 @@ from adt_pipeline import ConstrainedPipeline  # noqa: E402
 def test_one_colour(sd15_path, tmp_path):
     """The mean colour comes nearer, and the picture has three parts of which the last has the colour."""
     options = ["--pretrained_model_name_or_path", sd15_path, "--num_inference_steps", "3", "--learning_rate", "1e-3"]
-    losses = [
-        one_colour.main(
-            one_colour.parse_args([*options, "--max_train_steps", str(n), "--output", str(tmp_path / "a.png")])
-        )
-        for n in (1, 5)
-    ]
-    assert losses[1] < 0.8 * losses[0]
+    losses = one_colour.main(
+        one_colour.parse_args([*options, "--max_train_steps", "4", "--output", str(tmp_path / "a.png")])
+    )
+    assert losses[-1] < 0.8 * losses[0]
     picture = Image.open(tmp_path / "a.png")
     assert picture.size == (3 * 192, 192) and picture.getpixel((500, 100)) == (64, 166, 191)
 
@@ -164,3 +162,15 @@ def test_modular_block(package, expected):
     result = modular(**inputs, num_gradient_steps=4, output=["images", "tunable"])
     result["tunable"].backward(loss_of(result["images"]))
     assert relative(result["images"], images) < 1e-5 and relative(gradient(own.transformer), vector) < 1e-4
+
+
+def test_the_page_works_as_it_stands(sd3_path):
+    """The first lines of docs/plugin.md, with a tiny model in the place of the large one."""
+    page = (ROOT / "docs" / "plugin.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len(code.splitlines()) <= 11
+    code = code.replace("black-forest-labs/FLUX.1-dev", sd3_path).replace("cuda", "cpu")
+    names = {}
+    exec(code.replace("num_inference_steps=28", "num_inference_steps=3"), names)
+    assert names["images"].shape == (1, 3, 16, 16)
+    assert gradient(names["pipeline"].transformer).norm() > 0
