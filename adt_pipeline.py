@@ -139,6 +139,10 @@ def versions(tree) -> list[int]:
     return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+def detached(tree):
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
+
+
 def floating_leaves(tree) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
@@ -191,11 +195,20 @@ class Call:
             "scheduler": self.constrained_scheduler(),
             "image_processor": processor,
         }
+        # What a ControlNet returns is the denoiser's input, through which no gradient goes: it need not keep a graph.
+        others = [part for name, part in pipeline.components.items() if name not in (self.tunable.name, "vae")]
+        hooks = [
+            part.register_forward_pre_hook(lambda module, *inputs: detached(inputs), with_kwargs=True)
+            for part in others
+            if isinstance(part, nn.Module)
+        ]
         try:
             with evaluating(self.network):
                 yield
         finally:
             pipeline.__dict__ |= own
+            for hook in hooks:
+                hook.remove()
 
     def constrained_scheduler(self):
         """One with the state of `self.scheduler` and of its class, whose steps are constrained."""
@@ -248,7 +261,7 @@ class Call:
         """The stand-in's call: without gradient, and at a chosen step with leaves for its floating outputs."""
         if self.index is None:
             self.begin()
-        arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+        arguments = detached((args, kwargs))
         before = versions(arguments)
         with torch.no_grad():
             output = self.network(*arguments[0], **arguments[1])

@@ -47,6 +47,17 @@ def sd15():
     return pipeline, embeddings(32) | {"guidance_scale": 5.0}
 
 
+def sd15_controlnet():
+    pipeline, inputs = sd15()
+    controlnet = diffusers.ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(16, 32))
+    for layer in controlnet.controlnet_down_blocks:  # zero before training
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    pipeline = diffusers.StableDiffusionControlNetPipeline(
+        **pipeline.components, controlnet=controlnet, requires_safety_checker=False
+    )
+    return pipeline, inputs | {"image": torch.rand(ROWS, 3, 16, 16)}
+
+
 def sdxl():
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(32, 64), layers_per_block=1,
@@ -108,6 +119,18 @@ def flux_true_guidance():
     negative = {"negative_prompt_embeds": torch.randn(ROWS, TOKENS, 32)}
     negative |= {"negative_pooled_prompt_embeds": torch.randn(ROWS, 32), "true_cfg_scale": 3.0}
     return pipeline, inputs | negative
+
+
+def flux2():
+    transformer = diffusers.Flux2Transformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, timestep_guidance_channels=32, axes_dims_rope=[4, 4, 4, 4],
+    )  # fmt: skip
+    parts = flux2_klein()[0].components | {"transformer": transformer}
+    return diffusers.Flux2Pipeline(**parts), {
+        "prompt_embeds": torch.randn(ROWS, TOKENS, 16),
+        "guidance_scale": 4.0,
+    }
 
 
 def flux2_klein():
@@ -204,6 +227,11 @@ def pixart_sigma():
     }
 
 
+def pixart_alpha():
+    pipeline, inputs = pixart_sigma()
+    return diffusers.PixArtAlphaPipeline(**pipeline.components), inputs
+
+
 def lumina2():
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
@@ -255,11 +283,23 @@ def chroma():
     return pipeline, embeddings(32) | prompt_masks(dtype=torch.bool) | {"guidance_scale": 5.0}
 
 
+def ovis():
+    transformer = diffusers.OvisImageTransformer2DModel(
+        patch_size=1, in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    pipeline = diffusers.OvisImagePipeline(
+        vae=make_vae(scaling_factor=0.3611, shift_factor=0.1159), transformer=transformer,
+        scheduler=flow_match(use_dynamic_shifting=True), **NO_TEXT,
+    )  # fmt: skip
+    return pipeline, embeddings(32) | {"guidance_scale": 5.0, "negative_prompt": None}
+
+
 PIPELINES = {
     make.__name__: make
     for make in (
-        sd15, sdxl, sd3, flux, flux_true_guidance, flux2_klein, qwen_image, z_image, sana, pixart_sigma, lumina2,
-        cogview4, aura_flow, chroma,
+        sd15, sd15_controlnet, sdxl, sd3, flux, flux_true_guidance, flux2, flux2_klein, qwen_image, z_image, sana,
+        pixart_alpha, pixart_sigma, lumina2, cogview4, aura_flow, chroma, ovis,
     )
 }  # fmt: skip
 
