@@ -212,7 +212,8 @@ class Call:
 
     def constrained_scheduler(self):
         """One with the state of `self.scheduler` and of its class, whose steps are constrained."""
-        call, base = self, type(self.scheduler)
+        # A proxy, since a class lives until the garbage collector comes.
+        call, base = weakref.proxy(self), type(self.scheduler)
 
         @functools.wraps(base.step)  # the pipelines ask for its signature
         def step(face, model_output, timestep, sample, *args, return_dict=True, **kwargs):
@@ -286,7 +287,6 @@ class Call:
     def step(self, model_output, timestep, sample):
         if self.noised is not None and self.start is None:
             self.start = self.make_start(timestep, sample)
-            sample = sample.detach()
         self.index += 1
         return constrained_step(self.scheduler, model_output, timestep, sample, self.tunable.gradient_path)
 
@@ -442,7 +442,7 @@ class ConstrainedPipeline:
             if versions(list(network.parameters())) != kept.weight_versions:
                 raise ValueError("The denoiser's weights have changed since the call: run backward before the update.")
         backward = torch.Tensor.backward if accelerator is None else accelerator.backward
-        torch.clear_autocast_cache()  # weights that the rollout cast have no gradient
+        torch.clear_autocast_cache()  # of casts made without gradient, which some versions of PyTorch would use again
         with evaluating(network), torch.enable_grad():
             for n, (kept, vectors) in enumerate(gradients.items()):
                 synchronises = n == len(gradients) - 1 or not hasattr(network, "no_sync")
