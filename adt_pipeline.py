@@ -436,6 +436,8 @@ class ConstrainedPipeline:
         and scales under fp16.
         """
         network = self.network
+        if accelerator is not None and accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise ValueError(f"Replays under {accelerator.distributed_type.value} have not been tried.")
         for kept in gradients:
             if versions(kept.arguments) != kept.versions:
                 raise ValueError("A tensor that the denoiser was given has been written into before its replay.")

@@ -10,6 +10,7 @@ import diffusers
 import plugin_processes
 import pytest
 import torch
+from accelerate import DistributedType
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from helpers import NO_ACCELERATOR, relative, run_two_processes
@@ -343,6 +344,9 @@ def test_calls_that_cannot_work_are_refused(flux):
     for loss in (images.detach().sum(), torch.ones(2, requires_grad=True).sum(), 1.0):
         with pytest.raises(ValueError, match="no gradient to images of this pipeline"):
             flux.tunable.backward(loss)
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    with pytest.raises(ValueError, match="Replays under FSDP have not been tried"):
+        flux.tunable.backward(loss_of(flux.call()), sharded)
     flux.inputs["prompt_embeds"].mul_(2)
     with pytest.raises(ValueError, match="has been written into before its replay"):
         flux.tunable.backward(loss_of(images))
