@@ -122,7 +122,8 @@ def constrained_step(scheduler, model_output, timestep, sample, gradient_path="a
         # this ratio here, and gives back DDIM's coefficients.
         sigma, next_sigma = scheduler.sigmas[scheduler.step_index - 1], scheduler.sigmas[scheduler.step_index]
         coefficient = ((1 + next_sigma**2) / (1 + sigma**2)).sqrt()
-    return next_sample + coefficient * (sample - detached)
+    # In the scheduler's dtype, which for a prediction in bfloat16 is not that of float32 latents.
+    return next_sample + (coefficient * (sample - detached)).to(next_sample.dtype)
 
 
 def select_train_steps(start_index, num_inference_steps, num_gradient_steps, generator=None) -> list[int]:

@@ -499,6 +499,18 @@ def test_constrained_step_has_the_schedulers_value_on_both_paths():
         constrained_step(make_sampler("ddim", 8), prediction, torch.tensor(1), sample, "ad")
 
 
+def test_constrained_step_has_the_schedulers_dtype():
+    """Which is the prediction's, though the latents are in float32."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sample = torch.randn(1, 4, 2, 2, requires_grad=True)
+    prediction = torch.randn(1, 4, 2, 2).bfloat16()
+    stepped = constrained_step(scheduler, prediction, scheduler.timesteps[0], sample)
+    assert stepped.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(stepped.float().sum(), sample)
+    assert torch.equal(gradient, torch.ones_like(sample))
+
+
 def test_train_steps_that_are_not_on_the_path_raise():
     with pytest.raises(ValueError, match=r"train_steps \[1, 5\]"):
         simulate_inference(
