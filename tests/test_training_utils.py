@@ -112,6 +112,7 @@ ELSEWHERE = {
     "drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift",
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token",
+    "compile", "attention_backend", "replay_branches", "decoder_model_name_or_path",  # tests/test_speed_utils.py
 }  # fmt: skip
 
 
