@@ -69,7 +69,8 @@ def compile_whole(module) -> None:
 def compile_layers(model) -> None:
     """Compiles the layers of a frozen transformers encoder.
 
-    Their forwards alone: the library gathers hidden states by hooks on the layers, which cannot be compiled.
+    Their forwards alone: the library gathers hidden states by hooks on the layers, which cannot be compiled. (It has
+    one more on a layer's attention, where the compiled layer is in two parts.)
     """
     for layer in model.encoder.layer:
         layer.forward = torch.compile(layer.forward, **compile_options())
