@@ -44,7 +44,7 @@ def check_compiler(device) -> None:
     try:
         torch.compile(lambda x: x.sin() + x, **compile_options())(torch.ones(8, device=device))
     except Exception as error:  # whatever it is, its message says what is missing
-        cause = str(error).strip().split("\n")[0]
+        cause = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise ValueError(f"--compile cannot compile for {device}: {type(error).__name__}: {cause}") from error
 
 

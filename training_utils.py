@@ -22,7 +22,7 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on both, and the
+It stands on `option_utils.py` and `speed_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on both, and the
 scripts on all five.
 """
 

@@ -183,7 +183,9 @@ def test_branches_together(run, monkeypatch):
         return result
 
     monkeypatch.setattr(SimulatedInference, "replay", counted)
-    short = ("--max_train_steps", 2, "--generator_update_interval", 1, "--checkpointing_steps", 2)
+    # With so large an epsilon an update is proportional to the gradient, and rounding has no direction of its own.
+    short = ("--max_train_steps", 2, "--generator_update_interval", 1, "--adam_epsilon", 1e-3)
+    short += ("--checkpointing_steps", 2)
     separate = run(*short, output_dir="separate")
     together = run(*short, "--replay_branches", "together")
     assert [2 * count for count in passes[2:]] == passes[:2]
@@ -202,8 +204,9 @@ def test_tiny_decoder_decodes_what_is_scored(run, family, tmp_path):
     decoder = tiny.make_tiny_decoder(tmp_path / "decoder")
     plain = run(*short, output_dir="plain")
     other = run(*short, "--decoder_model_name_or_path", decoder)
-    assert read_scalars(plain)["real_score"] == read_scalars(other)["real_score"]
-    assert read_scalars(plain)["fake_score"] != read_scalars(other)["fake_score"]
+    before, after = read_scalars(plain), read_scalars(other)
+    assert before["real_score"][1] == after["real_score"][1]  # by the same discriminator
+    assert before["fake_score"][1] != after["fake_score"][1]
     assert not equal(read_result(plain, family.network), read_result(other, family.network))
     # Validation and the result have the VAE.
     for name in ("validation/base/prompt-0-0.png", "vae/diffusion_pytorch_model.safetensors"):

@@ -472,6 +472,7 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
 
 UTILS = (
     "adt_utils",
+    "speed_utils",
     "option_utils",
     "training_utils",
     "data_utils",
