@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py` and `speed_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on both, and the
-scripts on all five.
+It stands on `option_utils.py` and `speed_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand
+on these, and the scripts on all.
 """
 
 import contextlib
