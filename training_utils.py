@@ -44,7 +44,7 @@ import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, ProjectConfiguration
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -263,6 +263,8 @@ def start_accelerator(args) -> Accelerator:
             "--generator_start_step and the discriminator's options are ignored."
         )
     if args.compile:
+        if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ADTError("--compile and accelerate's dynamo_backend both compile the networks: give one of the two.")
         refuse_by_sentence(check_compiler, accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True

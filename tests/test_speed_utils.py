@@ -40,7 +40,7 @@ def compiler():
 # Compiled networks
 
 
-@pytest.mark.parametrize(("family", "more"), [("sd15", ()), ("sdxl", LORA), ("sd3", ())], indirect=["family"])
+@pytest.mark.parametrize(("family", "more"), [("sdxl", LORA), ("sd3", ())], indirect=["family"])
 def test_compiled_run_is_the_same_and_compiles_once(run, family, compiler, monkeypatch, more):
     """By the tracer alone, which changes no bit; a generator update is in every second iteration."""
     graphs, log = [], Progress.log
@@ -101,6 +101,22 @@ def test_no_compiler_is_said_before_a_model_is_loaded(run, no_weights, compiler,
     monkeypatch.setattr(speed_utils, "COMPILE_BACKEND", fail)
     with pytest.raises(ADTError, match="--compile cannot compile for cpu: .*there is no C"):
         run("--compile")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ADTError, match="--compile and accelerate's dynamo_backend .* give one of the two"):
+        run("--compile")
+
+
+def test_a_copy_of_a_compiled_network_is_its_own(monkeypatch, compiler):
+    """As the base network is that related systems keep beside the tuned one."""
+    monkeypatch.setattr(speed_utils, "COMPILE_BACKEND", "eager")
+    network = torch.nn.Linear(2, 2)
+    speed_utils.compile_whole(network)
+    sample = torch.ones(1, 2)
+    before = network(sample).detach()
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        network.weight.add_(1)
+    assert torch.equal(other(sample), before) and not torch.equal(network(sample), before)
 
 
 # Attention
@@ -118,7 +134,7 @@ def test_attention_backend(train, options):
     """The kernel is asked for in the recomputation that gradient checkpointing does, too."""
     predictions, calls = [], []
     for more in ((), ("--attention_backend", "math")):
-        args = train.parse_args(options("--gradient_checkpointing", *more))
+        args = train.parse_args(options("--gradient_checkpointing", "--use_lora", *more))
         network = train.load_network(args, NO_ACCELERATOR).train()
         encoder = train.PromptEncoder(args, NO_ACCELERATOR)
         examples = {name: torch.tensor([[16, 16]]) for name in ("original_sizes", "crop_top_lefts")}
