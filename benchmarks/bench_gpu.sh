@@ -12,6 +12,7 @@ output=${1:-benchmarks/output}
 shift || true
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$output"
+rm -f "$output/iteration-gpu.md" "$output/iteration-gpu.jsonl"
 failed=0
 for family in sd15 sdxl sd3; do
     for lora in "" "--use_lora --rank 32"; do
