@@ -256,7 +256,7 @@ class SimulatedInference:
         """
         return sum(torch.stack(gradient.chunk(len(self.branches))).sum(0).square().sum() for gradient in gradients)
 
-    def replay(self, predict, gradients) -> list[Callable[[], torch.Tensor]]:
+    def replay(self, predict, gradients, together=False) -> list[Callable[[], torch.Tensor]]:
         """The passes whose backwards, added up, give the gradient of equation 12 to the network's parameters.
 
         Each pass is a function that runs the network with gradient on one stored input and returns the 0-d surrogate
@@ -266,18 +266,20 @@ class SimulatedInference:
         Args:
             predict: the function that `simulate_inference` was given, in the same mode (`eval()`).
             gradients: the vectors of `prediction_gradients`, scaled as wanted.
+            together: whether a step's guidance branches are one pass, of twice the memory, and not one each.
         """
 
-        count = len(self.branches)
+        passes = [self.branches] if together else [(branch,) for branch in self.branches]
 
         def run(step, gradient, row):
-            prediction = predict(step.model_input.chunk(count)[row], step.timestep, (self.branches[row],))
-            return (prediction.float() * gradient.chunk(count)[row]).sum()
+            model_input = step.model_input.chunk(len(passes))[row]
+            prediction = predict(model_input, step.timestep, passes[row])
+            return (prediction.float() * gradient.chunk(len(passes))[row]).sum()
 
         return [
             partial(run, step, gradient, row)
             for step, gradient in zip(self.train_steps, gradients, strict=True)
-            for row in range(count)
+            for row in range(len(passes))
         ]
 
 

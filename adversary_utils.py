@@ -39,6 +39,7 @@ from adt_utils import (
     mismatched_partners,
 )
 from data_utils import first_images, normalize_pixels
+from speed_utils import compile_layers
 from training_utils import ADTError, make_lr_scheduler, make_optimizer, prepare_trained, vae_factor
 
 
@@ -87,6 +88,8 @@ def norm_group(args) -> int:
 def make_feature_network(args) -> FeatureNetwork:
     """In float32: the gradient of a score with respect to a pixel is a small number."""
     model = Dinov2Model.from_pretrained(args.discriminator_model_name_or_path, cache_dir=args.cache_dir)
+    if args.compile:
+        compile_layers(model)
     return FeatureNetwork(model.float(), args.discriminator_layers, args.discriminator_resolution)
 
 
@@ -104,14 +107,14 @@ def make_discriminator(channels, args) -> torch.nn.Module:
     )
 
 
-def make_adversary(vae, run):
+def make_adversary(models, run):
     """The run's adversary, unless it is plain fine-tuning; says what of its data the generator cannot reach."""
     if not run.args.adversarial:
         return None
     adversary = Adversary(run)
     difference = None
     if run.accelerator.is_main_process and run.args.real_images == "dataset":
-        difference = reconstruction_difference(adversary.feature_network, vae, run)
+        difference = reconstruction_difference(adversary.feature_network, models, run)
     if difference is not None:
         logger.info(
             f"In the discriminator's features your images differ from their reconstructions by the VAE by "
@@ -262,7 +265,7 @@ def score_gap(values, start_index, num_inference_steps) -> dict:
 
 
 @torch.no_grad()
-def reconstruction_difference(feature_network, vae, run, count=16) -> float | None:
+def reconstruction_difference(feature_network, models, run, count=16) -> float | None:
     """By how much images differ from what the VAE makes of them, over how much they differ from each other.
 
     Args:
@@ -272,7 +275,8 @@ def reconstruction_difference(feature_network, vae, run, count=16) -> float | No
         the ratio of the root mean squares over images and positions of the features' differences, averaged over the
         layers; 0 for a perfect VAE; None where the images do not differ, or there is one alone.
     """
-    device, factor = run.accelerator.device, vae_factor(vae.config)
+    device, vae = run.accelerator.device, models.vae
+    factor = vae_factor(vae.config)
     images = first_images(run, count)
     images = [image for image in images if image.shape == images[0].shape]  # of a bucket, else they do not compare
     count, to_itself, to_another, previous = len(images), 0.0, 0.0, None
@@ -280,7 +284,7 @@ def reconstruction_difference(feature_network, vae, run, count=16) -> float | No
         image = normalize_pixels(image[None].to(device))
         sides = (side // factor for side in image.shape[2:])
         no_noise = torch.zeros(1, vae.config.latent_channels, *sides, device=device)
-        reconstruction = run.family.decode_latents(vae, run.family.encode_images(vae, image, no_noise))
+        reconstruction = run.family.decode_latents(models.decoder, run.family.encode_images(vae, image, no_noise))
         features, reconstructed = feature_network(image), feature_network(reconstruction)
         to_itself += squared_distances(features, reconstructed)
         if previous is not None:

@@ -31,6 +31,7 @@ from PIL import Image
 from adt_utils import GRADIENT_PATHS, REFUSED_SAMPLERS, DiffAugment
 from bucket_utils import HAS_DEFAULT_BUCKETS, buckets_of, default_buckets
 from config_utils import with_config
+from speed_utils import ATTENTION_BACKENDS
 
 
 BOOLEAN = argparse.BooleanOptionalAction
@@ -188,6 +189,14 @@ def sampler_of(samplers):
     return parse
 
 
+def attention_backend(text):
+    """A `type=` function: a key of `ATTENTION_BACKENDS`; of diffusers' other names the reason against it."""
+    if text not in ATTENTION_BACKENDS:
+        reason = "has no backward" if text.lstrip("_").startswith("sage") else "is not for these networks' attention"
+        raise argparse.ArgumentTypeError(f"{text} {reason}; choose from {', '.join(ATTENTION_BACKENDS)}")
+    return text
+
+
 def add_arguments(parser, samplers):
     """The options of all the scripts, less the defaults that differ between them; `samplers` as in `parse_options`."""
     add_model_arguments(parser)
@@ -265,6 +274,10 @@ def add_training_arguments(parser):
     add("--gradient_checkpointing", Nature.NO_EFFECT, action=BOOLEAN, default=False,
         help="Less memory for about a third more time.")  # fmt: skip
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Else accelerate's.")
+    add("--compile", Nature.FREE, action=BOOLEAN, default=False,
+        help="Compile the networks: a slower start, and faster iterations.")  # fmt: skip
+    add("--attention_backend", Nature.FREE, type=attention_backend, default=None,
+        help="PyTorch's kernel for the denoiser: flash, efficient, cudnn or math; its own choice.")  # fmt: skip
     add("--allow_tf32", Nature.FREE, action=BOOLEAN, default=False, help="Faster float32 on Ampere and later.")
     add("--learning_rate", type=positive_float, help="The generator's.")
     add("--scale_lr", action=BOOLEAN, default=False,
@@ -340,6 +353,10 @@ def add_adversarial_arguments(parser):
     )
     add("--diffusion_loss_weight", type=non_negative_float, default=0.5, help="Lambda.")
     add("--num_gradient_steps", type=positive_int, default=3, help="K, the sampler steps that send gradient.")
+    add("--replay_branches", Nature.FREE, choices=["separate", "together"], default="separate",
+        help="Replay a step's guidance branches one by one, or in one pass of twice the memory.")  # fmt: skip
+    add("--decoder_model_name_or_path", Nature.BY_CONTENT, default=None,
+        help="A tiny autoencoder that decodes scored images in the VAE's place; an ablation.")  # fmt: skip
     add("--gradient_path", choices=GRADIENT_PATHS, default="adt", help="The backward path; drtune for the ablation.")
     add("--generator_update_interval", type=positive_int, default=5, help="Iterations a generator update.")
     add("--generator_start_step", type=non_negative_int, default=0,

@@ -114,6 +114,7 @@ from training_utils import (
     Progress,
     Run,
     Totals,
+    check_decoder,
     check_image_sizes,
     check_latents,
     check_lora,
@@ -124,6 +125,7 @@ from training_utils import (
     freeze_vae,
     hub_options,
     is_generator_iteration,
+    load_decoder,
     load_vae,
     load_vae_config,
     make_predict,
@@ -287,6 +289,7 @@ def check_models(args):
     elif scheduler_config["_class_name"] != "FlowMatchEulerDiscreteScheduler":
         raise ADTError(f"{path} has a {scheduler_config['_class_name']}: it is no flow-matching model.")
     vae_config = load_vae_config(args)
+    check_decoder(args, vae_config)
     factor = vae_factor(vae_config)
     pixels = factor * transformer_config["patch_size"]  # a side of an image token
     check_image_sizes(args, pixels, f"{pixels}, the VAE's factor times the transformer's patch size")
@@ -625,7 +628,7 @@ def train(generator, adversary, models, validation, run):
                         train_steps, args.gradient_path,
                     )  # fmt: skip
                 check_latents(batch.rollout.latents, f"at iteration {iteration + 1}")
-                batch.generated = decode_latents(models.vae, batch.rollout.latents)
+                batch.generated = decode_latents(models.decoder, batch.rollout.latents)
             # 6. Update the discriminator.
             values = update_discriminator(batches, iteration, adversary, run)
             values |= {"start_index": start_index} | score_gap(values, start_index, num_steps)
@@ -661,7 +664,7 @@ def prepare_batch(examples, iteration, models, run) -> Batch:
     latents = encode_images(vae, images, draw(torch.randn, shape, "posterior"))
     if args.adversarial and args.real_images == "reconstructed":
         with torch.no_grad():
-            images = decode_latents(vae, latents)
+            images = decode_latents(models.decoder, latents)
     dropped = draw(torch.rand, (), "caption dropout") < args.proportion_empty_prompts
     return Batch(
         captions=examples["captions"],
@@ -746,7 +749,8 @@ def update_generator(batches, start_index, iteration, generator, adversary, mode
     passes = []
     for batch, gradients in zip(batches, vectors, strict=True):
         predict = make_predict(generator.wrapped, batch.conditions, call_network)
-        passes += batch.rollout.replay(predict, [weight * gradient for gradient in gradients])
+        vector = [weight * gradient for gradient in gradients]
+        passes += batch.rollout.replay(predict, vector, together=args.replay_branches == "together")
     for n, replay in enumerate(passes):
         with generator.synchronise_if(n == len(passes) - 1):
             accelerator.backward(replay())
@@ -784,9 +788,10 @@ def tune(sampler, noise_scheduler, run):
         validation_conditions = [prompt_encoder([prompt]) for prompt in args.validation_prompts or []]
     if args.cache_text_embeddings is not None:
         prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
-    models = FrozenModels(load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)
+    vae, decoder = load_frozen_vae(args, accelerator), load_decoder(args, accelerator)
+    models = FrozenModels(vae, prompt_encoder, sampler, noise_scheduler, decoder)
     generator = prepare_generator(load_network(args, accelerator), run)
-    adversary = make_adversary(models.vae, run)
+    adversary = make_adversary(models, run)
     register_checkpoint_hooks(generator, run)
     validation = Validation(generator, adversary, models, validation_conditions, run)
     load_checkpoint(run)

@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py`, `memory_utils.py` and `bucket_utils.py`; `streaming_utils.py`, `data_utils.py`,
-`adversary_utils.py` and `output_utils.py` stand on it, and the scripts on all of them.
+It stands on `option_utils.py`, `memory_utils.py`, `speed_utils.py` and `bucket_utils.py`; `streaming_utils.py`,
+`data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on it, and the scripts on all of them.
 """
 
 import contextlib
@@ -44,8 +44,14 @@ import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, ProjectConfiguration
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
@@ -63,6 +69,7 @@ from memory_utils import (
     weights_to_use,
 )
 from option_utils import ADTError, Options
+from speed_utils import check_compiler, compile_blocks, compile_whole, fuse_optimizer, use_attention_backend
 
 
 logger = get_logger(__name__)
@@ -259,10 +266,22 @@ def start_accelerator(args) -> Accelerator:
             "--adversarial_loss_weight is 0: plain fine-tuning. --diffusion_loss_weight, --generator_update_interval, "
             "--generator_start_step and the discriminator's options are ignored."
         )
+    if args.compile:
+        if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+            raise ADTError("--compile and accelerate's dynamo_backend both compile the networks: give one of the two.")
+        refuse_by_sentence(check_compiler, accelerator.device)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def refuse_by_sentence(function, *args):
+    """Calls a function of a module that knows no user, whose `ValueError` is an `ADTError` here."""
+    try:
+        return function(*args)
+    except ValueError as error:
+        raise ADTError(str(error)) from error
 
 
 def check_launch(args, accelerator):
@@ -377,6 +396,12 @@ class FrozenModels:
     prompt_encoder: Any  # the script's
     sampler: Any  # with `set_timesteps` called
     noise_scheduler: Any
+    tiny_decoder: AutoencoderTiny | None = None
+
+    @property
+    def decoder(self):
+        """What decodes images that are scored."""
+        return self.vae if self.tiny_decoder is None else self.tiny_decoder
 
 
 def hub_options(args) -> dict:
@@ -420,7 +445,37 @@ def freeze_vae(vae, dtype, args, accelerator) -> AutoencoderKL:
     vae.requires_grad_(False).eval().type(dtype).to(accelerator.device)
     if args.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
+    if args.compile:
+        compile_whole(vae.decoder)  # always called with one image
     return vae
+
+
+def load_decoder(args, accelerator) -> AutoencoderTiny | None:
+    """The tiny autoencoder of `--decoder_model_name_or_path`, in float32 as the VAE; it takes scaled latents, too."""
+    path = args.decoder_model_name_or_path
+    if path is None or not args.adversarial:
+        return None
+    decoder = AutoencoderTiny.from_pretrained(path, cache_dir=args.cache_dir)
+    return freeze_vae(decoder, torch.float32, args, accelerator)
+
+
+def check_decoder(args, vae_config):
+    """Refuses, by its configuration, a decoder that is no tiny autoencoder of the VAE's latents."""
+    path = args.decoder_model_name_or_path
+    if path is None or not args.adversarial:
+        return
+    try:
+        config = AutoencoderTiny.load_config(path, cache_dir=args.cache_dir)
+    except OSError as error:
+        raise ADTError(f"--decoder_model_name_or_path {path} is not readable: {error}") from error
+    if config["_class_name"] != "AutoencoderTiny":
+        raise ADTError(f"--decoder_model_name_or_path {path} is a {config['_class_name']}, not an AutoencoderTiny.")
+    channels, factor = config["latent_channels"], 2 ** (len(config["decoder_block_out_channels"]) - 1)
+    if (channels, factor) != (vae_config["latent_channels"], vae_factor(vae_config)):
+        raise ADTError(
+            f"--decoder_model_name_or_path {path} makes images of {factor} times the side from {channels} channels, "
+            f"and the VAE {vae_factor(vae_config)} from {vae_config['latent_channels']}."
+        )
 
 
 def vae_factor(vae_config) -> int:
@@ -467,9 +522,10 @@ def decode_checkpointed(vae, latents):
 
 def check_vae(values, what, vae):
     if not values.isfinite().all():
+        option = "decoder" if isinstance(vae, AutoencoderTiny) else "pretrained_vae"
         raise ADTError(
             f"The VAE, in {str(vae.dtype).removeprefix('torch.')}, {what} values that are not finite: it is damaged, "
-            "or not made for this precision. Name another one with --pretrained_vae_model_name_or_path."
+            f"or not made for this precision. Name another one with --{option}_model_name_or_path."
         )
 
 
@@ -517,6 +573,11 @@ def prepare_network(network, args, accelerator):
         cast_training_params(network)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    if args.attention_backend is not None:
+        dtype = weight_dtype(accelerator)
+        refuse_by_sentence(use_attention_backend, network, args.attention_backend, dtype, accelerator.device)
+    if args.compile:
+        compile_blocks(network)
     return network
 
 
@@ -725,6 +786,7 @@ def prepare_generator(network, run) -> Trained:
 def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Trained:
     # The learning rate schedule is not prepared: accelerate would step it once for each process. Frozen models are
     # not either.
+    fuse_optimizer(optimizer)
     wrapped, optimizer = run.accelerator.prepare(network, optimizer)
     run.accelerator.register_for_checkpointing(lr_scheduler)
     return Trained(name, network, wrapped, optimizer, lr_scheduler, run, ema)

@@ -329,15 +329,17 @@ def test_replay_gives_the_gradient_of_plain_autograd(
     nonlinear_loss(expected_latents).backward()
     expected = flat_gradients(unet)
 
-    unet.zero_grad()
     rollout = simulate_inference(*arguments)
     gradients = rollout.prediction_gradients(nonlinear_loss(rollout.latents))
-    passes = rollout.replay(predict, gradients)
-    assert len(passes) == 2 * len(train_steps) and [step.index for step in rollout.train_steps] == train_steps
-    for run in passes:
-        run().backward()
+    assert [step.index for step in rollout.train_steps] == train_steps
     torch.testing.assert_close(rollout.latents, expected_latents, rtol=1e-5, atol=1e-5)
-    assert (flat_gradients(unet) - expected).norm() < 1e-5 * expected.norm()
+    for together in (False, True):
+        unet.zero_grad()
+        passes = rollout.replay(predict, gradients, together)
+        assert len(passes) == (1 if together else 2) * len(train_steps)
+        for run in passes:
+            run().backward()
+        assert (flat_gradients(unet) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize(("guidance_scale", "guidance_rescale"), [(7.0, 0.0), (1.0, 0.0), (7.0, 0.7)])

@@ -115,6 +115,8 @@ ELSEWHERE = {
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token", "config", "dataset_split", "streaming", "shuffle_buffer_size",
     "use_aspect_ratio_buckets", "aspect_ratio_buckets",
+    "hub_model_id", "hub_token",
+    "compile", "attention_backend", "replay_branches", "decoder_model_name_or_path",  # tests/test_speed_utils.py
 }  # fmt: skip
 
 
@@ -456,6 +458,7 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
 
 UTILS = (
     "adt_utils",
+    "speed_utils",
     "option_utils",
     "memory_utils",
     "training_utils",

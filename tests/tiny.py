@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -98,6 +99,16 @@ def make_vae(scaling_factor=0.18215, **options):
         scaling_factor=scaling_factor,
         **options,
     )
+
+
+def make_tiny_decoder(directory, levels=2):
+    """Saves a tiny `AutoencoderTiny` for `make_vae`'s latents; returns the path as a string."""
+    shape = {f"{part}_block_out_channels": (8,) * levels for part in ("encoder", "decoder")}
+    shape |= {f"num_{part}_blocks": (1,) * levels for part in ("encoder", "decoder")}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        AutoencoderTiny(**shape).save_pretrained(directory)
+    return str(directory)
 
 
 def make_text_encoder(tokenizer, model_class=CLIPTextModel, hidden_size=32):

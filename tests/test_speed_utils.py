@@ -1,0 +1,272 @@
+"""Compiled networks, attention kernels, the fused optimizer, branches together, the tiny decoder, the benchmark."""
+
+import copy
+import json
+import re
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_result, read_scalars, relative
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, Dinov2Model
+
+import speed_utils
+from adt_utils import FeatureNetwork, SimulatedInference
+from benchmarks import bench_iteration
+from training_utils import ADTError, Progress
+
+
+SD15 = pytest.mark.parametrize("family", ["sd15"], indirect=True)
+LORA = ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)
+
+
+@pytest.fixture
+def train(family):
+    return family.train
+
+
+@pytest.fixture
+def compiler():
+    """PyTorch's, as in a new process."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+# Compiled networks
+
+
+@pytest.mark.parametrize(("family", "more"), [("sdxl", LORA), ("sd3", ())], indirect=["family"])
+def test_compiled_run_is_the_same_and_compiles_once(run, family, compiler, monkeypatch, more):
+    """By the tracer alone, which changes no bit; a generator update is in every second iteration."""
+    graphs, log = [], Progress.log
+    monkeypatch.setattr(speed_utils, "COMPILE_BACKEND", "eager")
+    monkeypatch.setattr(Progress, "log", lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or log(*args))
+    more = (*more, "--max_train_steps", 6, "--checkpointing_steps", 6)
+    plain = run(*more, output_dir="plain")
+    assert graphs == [0] * 6
+    compiled = run(*more, "--compile")
+    assert graphs[7] > 3 and graphs[7:] == [graphs[7]] * 5
+    assert all("ContextVar" in where for where in counters["graph_break"])  # a hook of transformers' in DINOv2 alone
+    # Names, too: no `_orig_mod` in them.
+    assert equal(checkpoint_state(plain / "checkpoint-6"), checkpoint_state(compiled / "checkpoint-6"))
+    assert equal(read_result(plain, family.network), read_result(compiled, family.network))
+
+
+def gradients(output, *inputs):
+    return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(output.square().sum(), inputs)])
+
+
+def test_compiler_gives_the_gradients_of_eager(compiler, monkeypatch):
+    """What the CPU's compiler makes of a denoiser's block, of the decoder and of DINOv2's layer."""
+    try:
+        speed_utils.check_compiler(torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8,), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+    ).eval()  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), layers_per_block=1, norm_num_groups=4).eval().requires_grad_(False)
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16)
+    features = FeatureNetwork(Dinov2Model(config), (-1, 0), 16)
+    sample, condition = torch.randn(2, 4, 4, 4), torch.randn(2, 3, 8)
+    latents, images = torch.randn(1, 4, 4, 4, requires_grad=True), torch.randn(2, 3, 16, 16, requires_grad=True)
+
+    def compute(unet, vae, features):
+        found = [gradients(unet(sample, 7, condition).sample, *unet.parameters())]
+        found.append(gradients(vae.decode(latents).sample, latents))
+        return [*found, gradients(torch.cat(features(images)), images)]
+
+    eager = compute(*copy.deepcopy((unet, vae, features)))
+    speed_utils.compile_blocks(unet)
+    speed_utils.compile_whole(vae.decoder)
+    speed_utils.compile_layers(features.model)
+    for found, expected in zip(compute(unet, vae, features), eager, strict=True):
+        assert relative(found, expected) < 1e-5
+    assert counters["stats"]["unique_graphs"] > 3  # with what `check_compiler` compiled
+
+
+@SD15
+def test_no_compiler_is_said_before_a_model_is_loaded(run, no_weights, compiler, monkeypatch):
+    def fail(graph, inputs):
+        raise FileNotFoundError("there is no C++ compiler here")
+
+    monkeypatch.setattr(speed_utils, "COMPILE_BACKEND", fail)
+    with pytest.raises(ADTError, match="--compile cannot compile for cpu: .*there is no C"):
+        run("--compile")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ADTError, match="--compile and accelerate's dynamo_backend .* give one of the two"):
+        run("--compile")
+
+
+def test_a_copy_of_a_compiled_network_is_its_own(monkeypatch, compiler):
+    """As the base network is that related systems keep beside the tuned one."""
+    monkeypatch.setattr(speed_utils, "COMPILE_BACKEND", "eager")
+    network = torch.nn.Linear(2, 2)
+    speed_utils.compile_whole(network)
+    sample = torch.ones(1, 2)
+    before = network(sample).detach()
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        network.weight.add_(1)
+    assert torch.equal(other(sample), before) and not torch.equal(network(sample), before)
+
+
+# Attention
+
+
+class FlashCalls(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_attention_backend(train, options):
+    """The kernel is asked for in the recomputation that gradient checkpointing does, too."""
+    predictions, calls = [], []
+    for more in ((), ("--attention_backend", "math")):
+        args = train.parse_args(options("--gradient_checkpointing", "--use_lora", *more))
+        network = train.load_network(args, NO_ACCELERATOR).train()
+        encoder = train.PromptEncoder(args, NO_ACCELERATOR)
+        examples = {name: torch.tensor([[16, 16]]) for name in ("original_sizes", "crop_top_lefts")}
+        conditions = train.make_conditions(
+            examples, encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
+        )
+        sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with FlashCalls() as flash:
+            prediction = train.call_network(network, sample, torch.tensor([7]), conditions.positive)
+            prediction.sum().backward()
+        predictions.append(prediction.detach())
+        calls.append(flash.count)
+    assert calls[0] > 3 and calls[1] == 0
+    assert not torch.equal(*predictions) and relative(*predictions) < 1e-5
+
+
+def test_attention_backend_that_cannot_do_it_is_refused(train, options):
+    args = train.parse_args(options("--attention_backend", "cudnn"))
+    with pytest.raises(ADTError, match="--attention_backend cudnn cannot .* heads of .* channels in float32 on cpu"):
+        train.load_network(args, NO_ACCELERATOR)
+
+
+@SD15
+@pytest.mark.parametrize(("name", "reason"), [("sage", "has no backward"), ("flash_hub", "is not for these networks")])
+def test_unknown_attention_backend(train, options, capsys, name, reason):
+    with pytest.raises(SystemExit):
+        train.parse_args(options("--attention_backend", name))
+    assert re.search(f"--attention_backend: {name} {reason}.* choose from flash, eff", capsys.readouterr().err)
+
+
+# The optimizer
+
+
+def test_adamw_is_fused_after_an_older_checkpoint():
+    weights = [torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    older, newer = (torch.optim.AdamW([weight], lr=0.1) for weight in weights)
+    speed_utils.fuse_optimizer(newer)
+    for weight in weights:
+        weight.grad = weight.detach().clone()
+    older.step()
+    weights[1].data.copy_(weights[0].data)
+    newer.load_state_dict(older.state_dict())
+    assert not older.param_groups[0]["fused"] and newer.param_groups[0]["fused"] is True
+    older.step()
+    newer.step()
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-7)
+    other = torch.optim.NAdam(weights)
+    speed_utils.fuse_optimizer(other)
+    assert not other.param_groups[0].get("fused")
+
+
+# Branches together
+
+
+@SD15
+def test_branches_together(run, monkeypatch):
+    passes, replay = [], SimulatedInference.replay
+
+    def counted(*args, **kwargs):
+        result = replay(*args, **kwargs)
+        passes.append(len(result))
+        return result
+
+    monkeypatch.setattr(SimulatedInference, "replay", counted)
+    # With so large an epsilon an update is proportional to the gradient, and rounding has no direction of its own.
+    short = ("--max_train_steps", 2, "--generator_update_interval", 1, "--adam_epsilon", 1e-3)
+    short += ("--checkpointing_steps", 2)
+    separate = run(*short, output_dir="separate")
+    together = run(*short, "--replay_branches", "together")
+    assert [2 * count for count in passes[2:]] == passes[:2]
+    first, second = (read_result(output, "unet") for output in (separate, together))
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first)
+    for name in ("optimizer.bin", "optimizer_1.bin"):
+        assert torch.load(together / "checkpoint-2" / name)["param_groups"][0]["fused"] is True
+
+
+# A tiny decoder
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"], indirect=True)
+def test_tiny_decoder_decodes_what_is_scored(run, family, tmp_path):
+    short = ("--max_train_steps", 2, "--validation_prompts", "a red disc", "--num_validation_images", 1)
+    decoder = tiny.make_tiny_decoder(tmp_path / "decoder")
+    plain = run(*short, output_dir="plain")
+    other = run(*short, "--decoder_model_name_or_path", decoder)
+    before, after = read_scalars(plain), read_scalars(other)
+    assert before["real_score"][1] == after["real_score"][1]  # by the same discriminator
+    assert before["fake_score"][1] != after["fake_score"][1]
+    assert not equal(read_result(plain, family.network), read_result(other, family.network))
+    # Validation and the result have the VAE.
+    for name in ("validation/base/prompt-0-0.png", "vae/diffusion_pytorch_model.safetensors"):
+        assert (plain / name).read_bytes() == (other / name).read_bytes()
+
+
+@SD15
+def test_other_decoders_are_refused(run, train, options, base_path, tmp_path, no_weights):
+    larger = tiny.make_tiny_decoder(tmp_path / "larger", levels=3)
+    for path, sentence in (
+        (tmp_path / "nowhere", "is not readable"),
+        (f"{base_path}/vae", "is a AutoencoderKL, not an AutoencoderTiny"),
+        (larger, "makes images of 4 times the side from 4 channels, and the VAE 2 from 4"),
+    ):
+        with pytest.raises(ADTError, match=f"--decoder_model_name_or_path .* {sentence}"):
+            run("--decoder_model_name_or_path", path)
+    args = train.parse_args(options("--decoder_model_name_or_path", "nowhere", "--adversarial_loss_weight", 0))
+    assert train.load_decoder(args, NO_ACCELERATOR) is None
+
+
+# The benchmark
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    unet = {"cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1}
+    vae = {"norm_num_groups": 4, "layers_per_block": 1}
+    channels = {"block_out_channels": (8,) * 4}
+    sizes = {"sd15": (unet | channels, vae | channels, 64, {"prompt_embeds": (3, 8)})}
+    dinov2 = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    monkeypatch.setitem(bench_iteration.SIZES, "small", sizes)
+    monkeypatch.setitem(bench_iteration.DINOV2, "small", (dinov2, 28))
+    file = tmp_path / "samples.json"
+    bench_iteration.main([
+        "--family", "sd15", "--rounds", "2", "--num_steps", "3", "--json", str(file), "--num_gradient_steps", "2",
+        "--discriminator_layers", "0",
+    ])  # fmt: skip
+    printed, result = capsys.readouterr().out, json.loads(file.read_text())
+    discriminator, generator = result["calls"]
+    assert discriminator["network, gradient False"] == generator["network, gradient False"] == 2 * 3
+    assert "network, gradient True" not in discriminator
+    assert generator["network, gradient True"] == 2 * 2 + 1  # the branches of two steps, and the diffusion loss
+    for iteration in ("discriminator iteration", "generator iteration"):
+        parts = [values for name, values in result["seconds"].items() if name.startswith(f"{iteration}: ")]
+        assert len(parts) == (5 if iteration[0] == "d" else 9) and all(min(values) >= 0 for values in parts)
+        assert [sum(values) for values in zip(*parts)] == pytest.approx(result["seconds"][iteration])
+    for name in bench_iteration.RATIOS:
+        assert len(result["ratios"][name]) == 2 and f"| {name} | " in printed
