@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on both, and the
-scripts on all five.
+It stands on `option_utils.py` and `sharding_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand
+on all three, and the scripts on all six.
 """
 
 import contextlib
@@ -54,6 +54,7 @@ from tqdm.auto import tqdm
 
 from adt_utils import SimulatedInference
 from option_utils import Options
+from sharding_utils import exchange_values, gathered, is_sharded, keep_optimizer_whole, shard_network
 
 
 logger = get_logger(__name__)
@@ -266,8 +267,16 @@ def check_launch(args, accelerator):
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ADTError(
             f"{accelerator.distributed_type.value} is not supported: two networks train in turn here, which sharded "
-            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu)."
+            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu), with "
+            "--shard to divide the network among the cards."
         )
+    if args.shard and accelerator.num_processes == 1:
+        raise ADTError(
+            "--shard divides the network among processes, and there is one: start several (accelerate launch "
+            "--multi_gpu --num_processes N), or leave it out."
+        )
+    if args.shard and accelerator.mixed_precision == "fp16":
+        raise ADTError("--shard does not go with fp16, whose loss scaling sharded gradients lack: use bf16.")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         # It divides every loss, and this program has as many micro-batches as the option says.
         raise ADTError(
@@ -606,7 +615,10 @@ class Trained:
         return self.lr_scheduler.get_last_lr()[0]
 
     def synchronise_if(self, condition):
-        """A context for a forward and its backward: gradients synchronise in the last backward of an update only."""
+        """A context for a forward and its backward: gradients synchronise in the last backward of an update only.
+
+        A sharded network's do in every one, since they would be whole until then.
+        """
         return contextlib.nullcontext() if condition else self.run.accelerator.no_sync(self.wrapped)
 
     def step(self, iteration) -> bool:
@@ -645,6 +657,10 @@ class Trained:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    def gathered(self):
+        """A context with a sharded network's weights together, for passes without gradient."""
+        return gathered(self.network)
+
     def averaged(self):
         """A context with the averaged weights in place of the trained ones, where there is an average."""
         return averaged_weights(self.network, self.ema)
@@ -656,6 +672,13 @@ def averaged_weights(network, ema):
         yield
         return
     parameters = trainable_parameters(network)
+    if is_sharded(network):
+        exchange_values(parameters, ema.shadow_params)
+        try:
+            yield
+        finally:
+            exchange_values(parameters, ema.shadow_params)
+        return
     own = [parameter.data for parameter in parameters]
     # Exchanged, not copied: `EMAModel.store` would move the weights to the CPU and back.
     for parameter, average in zip(parameters, ema.shadow_params, strict=True):
@@ -670,6 +693,8 @@ def averaged_weights(network, ema):
 def prepare_generator(network, run) -> Trained:
     """The network with its optimizer, schedule and average, prepared by accelerate."""
     args = run.args
+    if args.shard:  # first, so that what follows is of the parts
+        shard_network(network, weight_dtype(run.accelerator), run.accelerator.device.type)
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
@@ -687,7 +712,12 @@ def prepare_generator(network, run) -> Trained:
 def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Trained:
     # The learning rate schedule is not prepared: accelerate would step it once for each process. Frozen models are
     # not either.
-    wrapped, optimizer = run.accelerator.prepare(network, optimizer)
+    if is_sharded(network):
+        wrapped = run.accelerator.prepare_model(network, evaluation_mode=True)  # autocast alone
+        optimizer = run.accelerator.prepare_optimizer(optimizer)
+        keep_optimizer_whole(optimizer.optimizer)
+    else:
+        wrapped, optimizer = run.accelerator.prepare(network, optimizer)
     run.accelerator.register_for_checkpointing(lr_scheduler)
     return Trained(name, network, wrapped, optimizer, lr_scheduler, run, ema)
 
