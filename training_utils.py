@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py` and `sharding_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand
-on all three, and the scripts on all six.
+It stands on `option_utils.py` and `sharding_utils.py`; `data_utils.py`, `adversary_utils.py` and `output_utils.py`
+stand on both and on it, and the scripts on all six.
 """
 
 import contextlib
