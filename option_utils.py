@@ -402,7 +402,6 @@ def parse_options(parser, samplers, input_args=None) -> Options:
 SHARD_EXCLUDES = {
     "use_lora": "what adapters train is small, and data parallelism alone is faster",
     "use_8bit_adam": "bitsandbytes takes whole weights; the optimizer's state is divided as it is",
-    "foreach_ema": "its fused operations take whole weights",
 }
 
 

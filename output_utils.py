@@ -50,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from adversary_utils import DriftGuard, norm_group
 from data_utils import digest_of, identify_data, make_generator
 from option_utils import Nature
-from sharding_utils import load_whole, whole_network
+from sharding_utils import load_whole, own_parts, whole_network
 from training_utils import (
     ADTError,
     Method,
@@ -279,6 +279,17 @@ def writing_error(write) -> str | None:
         return f"{str(error).splitlines()[0]}."
 
 
+def write_together(write, accelerator):
+    """Has the main process write, while the others wait; what keeps it from that is raised on every process.
+
+    Else the others would wait for it for ever, where a sharded network is gathered next.
+    """
+    error = writing_error(write) if accelerator.is_main_process else None
+    error = broadcast_object_list([error])[0]
+    if error is not None:
+        raise WritingError(error)
+
+
 def free_gb(directory) -> float:
     return shutil.disk_usage(directory).free / 1e9
 
@@ -435,13 +446,11 @@ def register_checkpoint_hooks(generator, run):
         return Path(directory, f"{family.network_name}_ema")
 
     def save_network(directory):
-        whole, error = whole_network(network, family.network_class), None
-        if accelerator.is_main_process:
-            save = save_adapters if args.use_lora else lambda whole, _, directory: whole.save_pretrained(directory)
-            error = writing_error(lambda: save(whole, family, directory))
-        error = broadcast_object_list([error])[0]
-        if error is not None:  # on every process: others would wait for this one where a sharded network is gathered
-            raise WritingError(error)
+        whole = whole_network(network, family.network_class)
+        write_together(lambda: write_network(whole, directory), accelerator)
+
+    def write_network(whole, directory):
+        save_adapters(whole, family, directory) if args.use_lora else whole.save_pretrained(directory)
 
     def load_network(directory):
         if args.use_lora:
@@ -454,21 +463,22 @@ def register_checkpoint_hooks(generator, run):
         for model in map(accelerator.unwrap_model, models):
             if model is network:
                 save_network(folder(output_dir))
-            elif accelerator.is_main_process:
-                save_file(model.state_dict(), Path(output_dir, "discriminator.safetensors"))
+            else:
+                file = Path(output_dir, "discriminator.safetensors")
+                write_together(lambda: save_file(model.state_dict(), file), accelerator)
         if ema is not None:
             with averaged_weights(network, ema):
                 save_network(averaged_folder(output_dir))
-        if ema is not None and accelerator.is_main_process:
             state = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
-            (averaged_folder(output_dir) / "ema.json").write_text(json.dumps(state))
+            file = averaged_folder(output_dir) / "ema.json"
+            write_together(lambda: file.write_text(json.dumps(state)), accelerator)
 
     def load_model_hook(models, input_dir):
         if ema is not None:
             # Into the network first, whose own weights come next.
             load_network(averaged_folder(input_dir))
             state = json.loads((averaged_folder(input_dir) / "ema.json").read_text())
-            weights = [parameter.detach().clone() for parameter in trainable_parameters(network)]
+            weights = [part.detach().clone() for part in own_parts(trainable_parameters(network))]
             ema.load_state_dict(state | {"shadow_params": weights})
             ema.to("cpu" if args.offload_ema else accelerator.device)
         for model in map(accelerator.unwrap_model, models):

@@ -19,7 +19,7 @@ before it computes and drops them behind it.
 - `shard_network`, `is_sharded`, `gathered`;
 - what is divided as a whole, in the files that one process writes: `whole_network`, `load_whole`,
   `keep_optimizer_whole`;
-- `exchange_values`.
+- `own_parts`, `exchange_values`: for its average.
 
 What is called collective must be called by every process, as often and in the same order as by the others. This module
 knows no family, no command line and no accelerator.
@@ -138,14 +138,18 @@ def keep_optimizer_whole(optimizer):
     optimizer.register_load_state_dict_pre_hook(divide)
 
 
-@torch.no_grad()
-def exchange_values(parameters, others):
-    """Exchanges the values of a sharded network's parameters with those of `others`, divided alike.
+def own_parts(parameters) -> list[torch.Tensor]:
+    """This process's parts of parameters, as plain tensors that share their values; whole ones as they are.
 
-    Not the tensors: passes gather from the storage that the parameters had at first.
+    They require grad as the parameters do, which diffusers' `EMAModel` looks at.
     """
-    for parameter, other in zip(parameters, others, strict=True):
-        parameter, other = parameter.to_local(), other.to_local()
-        kept = parameter.clone()
-        parameter.copy_(other)
+    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
+
+
+@torch.no_grad()
+def exchange_values(tensors, others):
+    """Exchanges two lists' values, not the tensors: a pass gathers a part from where it was at first."""
+    for tensor, other in zip(tensors, others, strict=True):
+        kept = tensor.clone()
+        tensor.copy_(other)
         other.copy_(kept)

@@ -54,7 +54,7 @@ from tqdm.auto import tqdm
 
 from adt_utils import SimulatedInference
 from option_utils import Options
-from sharding_utils import exchange_values, gathered, is_sharded, keep_optimizer_whole, shard_network
+from sharding_utils import exchange_values, gathered, is_sharded, keep_optimizer_whole, own_parts, shard_network
 
 
 logger = get_logger(__name__)
@@ -639,7 +639,7 @@ class Trained:
     def update_ema(self):
         if self.run.args.offload_ema:
             self.ema.to(self.run.accelerator.device, non_blocking=True)
-        self.ema.step(trainable_parameters(self.network))
+        self.ema.step(own_parts(trainable_parameters(self.network)))
         if self.run.args.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
@@ -673,11 +673,11 @@ def averaged_weights(network, ema):
         return
     parameters = trainable_parameters(network)
     if is_sharded(network):
-        exchange_values(parameters, ema.shadow_params)
+        exchange_values(own_parts(parameters), ema.shadow_params)
         try:
             yield
         finally:
-            exchange_values(parameters, ema.shadow_params)
+            exchange_values(own_parts(parameters), ema.shadow_params)
         return
     own = [parameter.data for parameter in parameters]
     # Exchanged, not copied: `EMAModel.store` would move the weights to the CPU and back.
@@ -702,7 +702,8 @@ def prepare_generator(network, run) -> Trained:
         optimizer_class = bitsandbytes.optim.AdamW8bit
     ema = None
     if args.use_ema:
-        ema = EMAModel(trainable_parameters(network), decay=args.ema_decay, foreach=args.foreach_ema)
+        parts = own_parts(trainable_parameters(network))
+        ema = EMAModel(parts, decay=args.ema_decay, foreach=args.foreach_ema)
         ema.to("cpu" if args.offload_ema else run.accelerator.device)
     optimizer = make_optimizer(optimizer_class, network, args.learning_rate, args)
     lr_scheduler = make_lr_scheduler(optimizer, args.lr_warmup_steps, run.num_generator_updates, args)

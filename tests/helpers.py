@@ -56,7 +56,7 @@ def run_until_signal(run, iteration, *options, number=signal.SIGTERM, **more):
 TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", "2")
 
 
-def run_two_processes(script, *arguments, status=0, launcher=TORCHRUN, **environment):
+def run_two_processes(script, *arguments, status=0, launcher=TORCHRUN, timeout=300, **environment):
     """Runs `script` under a launcher; one that hangs or fails ends with what it printed, and where it hung.
 
     Returns what it printed.
@@ -67,7 +67,7 @@ def run_two_processes(script, *arguments, status=0, launcher=TORCHRUN, **environ
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        printed, _ = process.communicate(timeout=300)
+        printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         for child in psutil.Process(process.pid).children(recursive=True):
             child.send_signal(signal.SIGABRT)  # which has Python print the stack of every thread

@@ -108,7 +108,7 @@ ELSEWHERE = {
     "output_dir", "skip_bad_images", "use_8bit_adam", "adversarial_gradient_ratio", "discriminator_model_name_or_path",
     "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "validation_prompts",
     "lora_alpha", "lora_dropout", "lora_target_modules", "fuse_lora", "output_kohya_format", "num_validation_images",
-    "validation_steps", "max_train_time",
+    "validation_steps", "max_train_time", "shard",
     "drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift",
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token",
@@ -472,6 +472,7 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
 UTILS = (
     "adt_utils",
     "option_utils",
+    "sharding_utils",
     "training_utils",
     "data_utils",
     "adversary_utils",
