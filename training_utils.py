@@ -44,7 +44,7 @@ import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration, is_torch_version
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
@@ -270,6 +270,8 @@ def check_launch(args, accelerator):
             "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu), with "
             "--shard to divide the network among the cards."
         )
+    if args.shard and is_torch_version("<", "2.8"):  # whose outermost part stays whole behind a pass
+        raise ADTError(f"--shard needs torch 2.8 or later; this is {torch.__version__}.")
     if args.shard and accelerator.num_processes == 1:
         raise ADTError(
             "--shard divides the network among processes, and there is one: start several (accelerate launch "

@@ -6,6 +6,7 @@ All runs of two processes are made at once, by `sharded_processes.py`. What take
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +15,16 @@ import torch
 import two_processes
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
 from conftest import FAMILIES, reset_accelerate, short_run_options
 from helpers import checkpoint_state, equal, read_network, read_scalars, relative, run_two_processes
 from PIL import Image
 
 import train_adt_sd15 as train
+import training_utils
 from output_utils import list_checkpoints
-from training_utils import ADTError
+from related import train_lcm
+from training_utils import ADTError, check_launch
 
 
 CONFIGS = Path(train.__file__).parent / "accelerate_configs"
@@ -295,6 +299,47 @@ def test_one_process_is_refused(paths, tmp_path, no_weights):
     with pytest.raises(ADTError, match="--shard divides the network among processes, and there is one"):
         train.main(train.parse_args(options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "precision", "sentence"),
+    [
+        (
+            DistributedType.FSDP,
+            (),
+            "bf16",
+            "FSDP is not supported.*, with --shard to divide the network among the cards",
+        ),
+        (DistributedType.DEEPSPEED, ("--shard",), "bf16", "DEEPSPEED is not supported.*, with --shard to divide"),
+        (DistributedType.MULTI_GPU, ("--shard",), "fp16", "--shard does not go with fp16.*: use bf16"),
+    ],
+)
+def test_launches_that_are_refused(kind, more, precision, sentence):
+    args = train.parse_args(["--pretrained_model_name_or_path", "x", "--dataset_name", "y", *more])
+    accelerator = SimpleNamespace(
+        distributed_type=kind, num_processes=2, gradient_accumulation_steps=1, mixed_precision=precision,
+        device=torch.device("cuda"),
+    )  # fmt: skip
+    with pytest.raises(ADTError, match=sentence):
+        check_launch(args, accelerator)
+    accelerator.distributed_type, accelerator.mixed_precision = DistributedType.MULTI_GPU, "bf16"
+    check_launch(args, accelerator)
+
+
+def test_old_torch_is_refused(paths, tmp_path, no_weights, monkeypatch):
+    monkeypatch.setattr(training_utils, "is_torch_version", lambda operation, version: True)
+    base_paths, *others = paths
+    options = short_run_options(FAMILIES["sd15"], base_paths["sd15"], *others, tmp_path / "out", "--shard")
+    with pytest.raises(ADTError, match="--shard needs torch 2.8 or later; this is "):
+        train.main(train.parse_args(options))
+
+
+def test_related_systems_have_no_such_option(capsys):
+    with pytest.raises(SystemExit):
+        train_lcm.parse_args(
+            ["--family", "sd15", "--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--shard"]
+        )
+    assert "unrecognized arguments: --shard" in capsys.readouterr().err
 
 
 # The launch configurations
