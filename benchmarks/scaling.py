@@ -75,6 +75,17 @@ def count_flops(function, *args) -> int:
     return counter.get_total_flops()
 
 
+def count_parts(network) -> int:
+    """Into how many parts `--shard` divides a network: its blocks that have weights of their own, and the rest."""
+    blocks = [name for name, module in network.named_modules() if type(module).__name__ in network._no_split_modules]
+    return len(
+        {
+            max((block for block in blocks if name.startswith(f"{block}.")), key=len, default="")
+            for name, _ in network.named_parameters()
+        }
+    )
+
+
 def count_work(build, num_steps) -> Work:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(SimpleNamespace(train_batch_size=1))
@@ -83,7 +94,6 @@ def count_work(build, num_steps) -> Work:
         image = torch.zeros(1, 3, side, side)
         features = model.features(image)
         trained = torch.nn.ModuleList([discriminator.heads, discriminator.predictors])
-        blocks = [m for m in model.network.modules() if type(m).__name__ in model.network._no_split_modules]
         return Work(
             num_steps=num_steps,
             network=count_flops(model.predict, model.latents, model.sampler.timesteps[0]),
@@ -94,7 +104,7 @@ def count_work(build, num_steps) -> Work:
             discriminator=count_flops(discriminator, features, features) / 2,
             parameters=sum(parameter.numel() for parameter in model.network.parameters()),
             discriminator_parameters=sum(parameter.numel() for parameter in trained.parameters()),
-            num_parts=len(blocks) + 1,
+            num_parts=count_parts(model.network),
         )
 
 
