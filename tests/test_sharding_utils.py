@@ -45,6 +45,7 @@ EVERYTHING = (
 FINETUNE = ("--adversarial_loss_weight", 0, "--max_train_steps", 2)
 HALF = ("--mixed_precision", "bf16", "--max_train_steps", 1, "--generator_update_interval", 1)
 RESUME = ("--resume_from_checkpoint", "latest")
+TWO = ("--max_train_steps", 2, "--generator_update_interval", 1)
 EACH, LAST = ("--checkpointing_steps", 1), ("--checkpointing_steps", 4)
 # Of one process that is to make the same run: the rest of its options, and of each of two.
 SIZES = {
@@ -60,7 +61,7 @@ OWN = {
 # What two processes run: the checkpoint that it begins with, as run and iteration, and options. "one" is the run of
 # one process.
 RUNS = {
-    "simple": (None, ("--shard", *EVERYTHING)),  # without a checkpoint, for which each tensor is gathered
+    "simple": (None, ("--shard", *EVERYTHING, *TWO)),  # without a checkpoint, for which each tensor is gathered
     "straight": (None, ("--shard", *EVERYTHING, *EACH)),
     "sparse": (None, ("--shard", *EVERYTHING, *LAST)),
     "resumed": (("straight", 2), ("--shard", *EVERYTHING, *LAST, *RESUME)),
@@ -79,7 +80,7 @@ SHORT_RUNS = {
     "full-disk": (None, ("--shard", "--use_ema", *EACH)),
     "killed": (None, ("--shard", *EACH)),
 }
-STRAIGHT = [("sd15", "simple"), ("sdxl", "simple"), ("sd3", "straight")]
+STRAIGHT = [("sd15", "simple", 2), ("sdxl", "simple", 2), ("sd3", "straight", 4)]  # and their iterations
 EACH_FAMILY = [pytest.param("sd3"), *(pytest.param(name, marks=pytest.mark.long) for name in ("sd15", "sdxl"))]
 
 
@@ -140,7 +141,7 @@ def short_runs(paths, tmp_path_factory):
     """Made as `accelerate_configs/four_cards_sharded.yaml` says, but for the number of processes."""
     runs = Runs(tmp_path_factory.mktemp("short"), paths)
     for name in FAMILIES:
-        runs.run_alone(name, "one", *EVERYTHING, *(EACH if name == "sd3" else ()))
+        runs.run_alone(name, "one", *EVERYTHING, *(EACH if name == "sd3" else TWO))
     runs.run_alone("sd3", "one-finetune", *FINETUNE)
     runs.run_alone("sd3", "one-bf16", *HALF, "--mixed_precision", "no")
     plans = [runs.planned(*run) for run in [*SHORT, *(("sd3", kind) for kind in SHORT_RUNS)]]
@@ -191,8 +192,8 @@ def assert_same_run(runs, name, kind, one):
         assert scalars[tag] == pytest.approx(values, rel=1e-4, abs=floor), tag
 
 
-@pytest.mark.parametrize(("name", "kind"), STRAIGHT)
-def test_two_sharded_processes_make_the_run_of_one(short_runs, paths, name, kind):
+@pytest.mark.parametrize(("name", "kind", "iterations"), STRAIGHT)
+def test_two_sharded_processes_make_the_run_of_one(short_runs, paths, name, kind, iterations):
     """With an average and validation; SD1.5's with `auto`, and SDXL's with two micro-batches."""
     family, runs = FAMILIES[name], short_runs
     assert_same_run(runs, name, kind, "one")
@@ -205,21 +206,21 @@ def test_two_sharded_processes_make_the_run_of_one(short_runs, paths, name, kind
     configs = [json.loads((path / folder).read_text()) for path in (sharded, expected)]
     assert configs[0] == configs[1]
     images = list((expected / "validation").rglob("*.png"))
-    assert len(images) == 3
+    assert len(images) == 1 + iterations / 2  # the base's, and one after every second
     for image in images:
         other = sharded / image.relative_to(expected)
         pixels = [np.array(Image.open(file)).astype(int) for file in (image, other)]
         assert abs(pixels[0] - pixels[1]).max() <= 1
 
 
-@pytest.mark.parametrize(("name", "kind"), STRAIGHT)
-def test_gathered_once_for_a_rollout_and_divided_behind_it(short_runs, name, kind):
+@pytest.mark.parametrize(("name", "kind", "iterations"), STRAIGHT)
+def test_gathered_once_for_a_rollout_and_divided_behind_it(short_runs, name, kind, iterations):
     """Also for a validation, of which one process has nothing to draw."""
     network_class = FAMILIES[name].train.FAMILY.network_class
     network = network_class.from_pretrained(short_runs.output(name, kind) / FAMILIES[name].network)
-    rollouts = 4 * (2 if name == "sdxl" else 1)  # micro-batches
+    rollouts = iterations * (2 if name == "sdxl" else 1)  # micro-batches
     for facts in short_runs.facts(name, kind):
-        assert len(facts) == rollouts + 3  # validations: the base's, one on the way, the last
+        assert len(facts) == rollouts + 1 + iterations / 2
         for fact in facts:
             assert fact["divided"] and fact["share"] == pytest.approx(0.5, abs=0.05)
             assert fact["before"] == count_parts(network) and fact["within"] == 0
