@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(train.__file__).parent / "benchmarks"))
 from scaling import count_parts  # noqa: E402
 
 
+pytestmark = pytest.mark.xdist_group("sharding")  # one process makes the runs for all tests
 CONFIGS = Path(train.__file__).parent / "accelerate_configs"
 COMMON = (
     "--seed", 2, "--random_flip", "--noise_offset", 0.1, "--proportion_empty_prompts", 0.3, "--learning_rate", 2e-4,
