@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo demo-sd3 reproduce related test quality docs clean
+.PHONY: demo demo-sd3 reproduce related test test-long quality docs clean
 
 .venv/installed: requirements.txt requirements-evaluate.txt constraints.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -26,7 +26,11 @@ related: .venv/installed
 	$(BIN)/python demo/reproduce_related.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+
+# What `make test` leaves out.
+test-long: .venv/installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m long tests
 
 quality: .venv/installed
 	$(BIN)/ruff check .

@@ -271,6 +271,8 @@ def add_training_arguments(parser):
         help="Hours after which the run stops with a checkpoint, as it does at SIGTERM.")  # fmt: skip
     add("--gradient_accumulation_steps", Nature.COUNTED, type=positive_int, default=1,
         help="Micro-batches an iteration.")  # fmt: skip
+    add("--shard", Nature.FREE, action=BOOLEAN, default=False,
+        help="Divide the network, its gradients, optimizer and average among the processes.")  # fmt: skip
     add("--gradient_checkpointing", Nature.NO_EFFECT, action=BOOLEAN, default=False,
         help="Less memory for about a third more time.")  # fmt: skip
     add("--mixed_precision", choices=["no", "fp16", "bf16"], default=None, help="Else accelerate's.")
@@ -463,6 +465,12 @@ def parse_options(parser, samplers, input_args=None) -> Options:
     )
 
 
+SHARD_EXCLUDES = {
+    "use_lora": "what adapters train is small, and data parallelism alone is faster",
+    "compile": "the weights are gathered between what would be compiled",
+}
+
+
 def check_options(args, parser):
     """Refuses what no option's own `type=` can tell."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
@@ -480,6 +488,11 @@ def check_options(args, parser):
             f"--discriminator_norm_group {args.discriminator_norm_group} does not divide --train_batch_size "
             f"{args.train_batch_size}."
         )
+    for flag, reason in SHARD_EXCLUDES.items():
+        if args.shard and getattr(args, flag):
+            parser.error(f"--shard does not go with --{flag}: {reason}.")
+    if args.shard and args.optimizer != "adamw":
+        parser.error(f"--shard divides AdamW's state, not that of --optimizer {args.optimizer}.")
     num_prompts = len(args.validation_prompts or []) if args.adversarial else 0
     for flag in ("stop_on_drift", "drift_clip_model_name_or_path"):
         if getattr(args, flag) and num_prompts < 2:

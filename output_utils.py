@@ -53,6 +53,7 @@ from config_utils import CONFIG, write_config
 from data_utils import digest_of, identify_data, make_generator
 from memory_utils import optimizer_state_bytes
 from option_utils import Nature
+from sharding_utils import load_whole, own_parts, whole_network
 from training_utils import (
     ADTError,
     Method,
@@ -263,10 +264,16 @@ def write_manifest(directory, iteration, run):
     (directory / "adt_checkpoint.json").write_text(json.dumps(manifest, indent=2))
 
 
+class WritingError(RuntimeError):
+    """What kept the main process from writing a file, raised on every process."""
+
+
 def writing_error(write) -> str | None:
     """Calls `write`. Returns what kept it from writing a file, as a full disk does; other errors are raised."""
     try:
         write()
+    except WritingError as error:
+        return str(error)
     except SafetensorError as error:
         return f"{error}."
     except OSError as error:
@@ -277,6 +284,16 @@ def writing_error(write) -> str | None:
         if "inline_container" not in str(error):  # `torch.save`'s; it does not name the cause
             raise
         return f"{str(error).splitlines()[0]}."
+
+
+def write_together(write, accelerator, everywhere=False):
+    """Has the main process write, or every one; what keeps one from that is raised on all of them.
+
+    Else the others would wait for it for ever, where a sharded network is gathered next.
+    """
+    writes = everywhere or accelerator.is_main_process
+    for error in filter(None, gather_object([writing_error(write) if writes else None])):
+        raise WritingError(error)
 
 
 def free_gb(directory) -> float:
@@ -433,37 +450,41 @@ def register_checkpoint_hooks(generator, run):
         return Path(directory, f"{family.network_name}_ema")
 
     def save_network(directory):
-        save_adapters(network, family, directory) if args.use_lora else network.save_pretrained(directory)
+        whole = whole_network(network, family.network_class)
+        write_together(lambda: write_network(whole, directory), accelerator)
+
+    def write_network(whole, directory):
+        save_adapters(whole, family, directory) if args.use_lora else whole.save_pretrained(directory)
 
     def load_network(directory):
         if args.use_lora:
             load_adapters(network, family, directory)
         else:
-            network.load_state_dict(family.network_class.from_pretrained(directory).state_dict())
+            load_whole(network, family.network_class.from_pretrained(directory).state_dict())
 
     def save_model_hook(models, weights, output_dir):
         weights.clear()  # what is left here, accelerate would save
         if args.streaming:
-            run.dataset.save(output_dir)
-        if not accelerator.is_main_process:
-            return
+            write_together(lambda: run.dataset.save(output_dir), accelerator, everywhere=True)
         for model in map(accelerator.unwrap_model, models):
             if model is network:
                 save_network(folder(output_dir))
             else:
-                save_file(model.state_dict(), Path(output_dir, "discriminator.safetensors"))
+                file = Path(output_dir, "discriminator.safetensors")
+                write_together(lambda: save_file(model.state_dict(), file), accelerator)
         if ema is not None:
             with averaged_weights(network, ema):
                 save_network(averaged_folder(output_dir))
             state = {name: value for name, value in ema.state_dict().items() if name != "shadow_params"}
-            (averaged_folder(output_dir) / "ema.json").write_text(json.dumps(state))
+            file = averaged_folder(output_dir) / "ema.json"
+            write_together(lambda: file.write_text(json.dumps(state)), accelerator)
 
     def load_model_hook(models, input_dir):
         if ema is not None:
             # Into the network first, whose own weights come next.
             load_network(averaged_folder(input_dir))
             state = json.loads((averaged_folder(input_dir) / "ema.json").read_text())
-            weights = [parameter.detach().clone() for parameter in trainable_parameters(network)]
+            weights = [part.detach().clone() for part in own_parts(trainable_parameters(network))]
             ema.load_state_dict(state | {"shadow_params": weights})
             ema.to("cpu" if args.offload_ema else accelerator.device)
         for model in map(accelerator.unwrap_model, models):
@@ -480,10 +501,16 @@ def register_checkpoint_hooks(generator, run):
 def load_checkpoint(run):
     """Continues from the run's checkpoint, where it has one: networks, optimizers, schedules, average, stream."""
     if run.checkpoint is not None:
-        run.accelerator.load_state(str(run.checkpoint))
+        load_state(run.checkpoint, run)
         if run.args.streaming:
             run.dataset.load(run.checkpoint)
         logger.info(f"Resuming from {run.checkpoint}")
+
+
+def load_state(path, run):
+    """Has accelerate load a checkpoint; where the network is sharded, without the whole state on a card."""
+    options = {"map_location": "cpu", "load_kwargs": {"mmap": True}} if run.args.shard else {}
+    run.accelerator.load_state(str(path), **options)
 
 
 # Stopping before the end
@@ -654,7 +681,7 @@ class Validation:
                 "saved but the checkpoints."
             )
         logger.warning(f"The run ends with {good}, the last before its validation images drifted.")
-        accelerator.load_state(str(good))
+        load_state(good, self.run)
         done = checkpoint_iteration(good)
         if accelerator.is_main_process:
             for path in list_checkpoints(args.output_dir):
@@ -681,7 +708,8 @@ class Validation:
         training = network.training
         network.eval()
         own = range(accelerator.process_index, len(self.conditions), accelerator.num_processes)
-        images = [(n, self.draw_prompt(n, pipeline)) for n in own]
+        with self.generator.gathered():
+            images = [(n, self.draw_prompt(n, pipeline)) for n in own]
         network.train(training)
         return [result for _, result in sorted(gather_object(images), key=lambda item: item[0])]
 
@@ -855,11 +883,13 @@ def finish_run(generator, models, validation, run):
         return
     interruption.at_end = True
     run = validation.finish()
-    # The last that the processes do together: only the main one goes on, for as long as an upload takes.
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    error = writing_error(lambda: save_result(generator, models, validation.grids, run))
+    with generator.averaged():
+        network = whole_network(generator.network, run.family.network_class)
+        # The last that the processes do together: only the main one goes on, for as long as an upload takes.
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        error = writing_error(lambda: save_result(network, models, validation.grids, run))
     if error is not None:
         raise ADTError(
             f"The result in {args.output_dir} is not whole: it could not be written, with "
@@ -867,29 +897,28 @@ def finish_run(generator, models, validation, run):
         )
 
 
-def save_result(generator, models, grids, run):
+def save_result(network, models, grids, run):
     """Writes the pipeline or the adapters, the scheduler, the card and its images, and uploads them when asked.
+
+    Args:
+        network: the whole one, with the weights that are wanted.
 
     Raises:
         ADTError: where the upload fails, once all is written.
     """
     args, family = run.args, run.family
     sampler = type(models.sampler).from_config(models.sampler.config)
-    written = [
-        "README.md",
-        "adt_config.json",
-        CONFIG,
-    ]  # what an upload takes, and nothing else that the folder may hold
-    with generator.averaged():
-        if args.use_lora:
-            save_adapters(generator.network, family, args.output_dir)
-            sampler.save_pretrained(os.path.join(args.output_dir, "scheduler"))
-            written += [ADAPTERS, "scheduler/*"]
-            if args.output_kohya_format:
-                save_kohya_adapters(generator.network, family, args)
-                written.append(KOHYA_ADAPTERS)
-        if not args.use_lora or args.fuse_lora:
-            written += save_pipeline(generator.network, sampler, run)
+    # What an upload takes, and nothing else that the folder may hold.
+    written = ["README.md", "adt_config.json", CONFIG]
+    if args.use_lora:
+        save_adapters(network, family, args.output_dir)
+        sampler.save_pretrained(os.path.join(args.output_dir, "scheduler"))
+        written += [ADAPTERS, "scheduler/*"]
+        if args.output_kohya_format:
+            save_kohya_adapters(network, family, args)
+            written.append(KOHYA_ADAPTERS)
+    if not args.use_lora or args.fuse_lora:
+        written += save_pipeline(network, sampler, run)
     for n, grid in enumerate(grids):
         file = Path(args.output_dir, "images", f"prompt-{n}.png")
         file.parent.mkdir(exist_ok=True)

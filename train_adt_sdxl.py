@@ -469,7 +469,7 @@ def train(generator, adversary, models, validation, run):
             for batch in batches:
                 # One autocast casts a weight once for all steps. It is closed before a gradient is wanted: these casts
                 # have none.
-                with run.accelerator.autocast():
+                with generator.gathered(), run.accelerator.autocast():
                     batch.rollout = simulate_inference(
                         make_predict(generator.wrapped, batch.conditions, call_network), sampler,
                         starting_latents(sampler, batch.latents, batch.noise, start_index), start_index,

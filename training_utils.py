@@ -22,8 +22,8 @@ The sections can be read alone:
 - a micro-batch: `Batch`, `Conditions`, `make_predict`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
-It stands on `option_utils.py`, `memory_utils.py`, `speed_utils.py` and `bucket_utils.py`; `streaming_utils.py`,
-`data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on it, and the scripts on all of them.
+It stands on `option_utils.py`, `memory_utils.py`, `speed_utils.py`, `sharding_utils.py` and `bucket_utils.py`;
+`streaming_utils.py`, `data_utils.py`, `adversary_utils.py` and `output_utils.py` stand on it, and the scripts on all.
 """
 
 import contextlib
@@ -44,7 +44,13 @@ import torch
 import transformers
 from accelerate import Accelerator, init_empty_weights
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, DynamoBackend, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    DynamoBackend,
+    ProjectConfiguration,
+    is_torch_version,
+)
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -69,6 +75,7 @@ from memory_utils import (
     weights_to_use,
 )
 from option_utils import ADTError, Options
+from sharding_utils import exchange_values, gathered, is_sharded, keep_optimizer_whole, own_parts, shard_network
 from speed_utils import check_compiler, compile_blocks, compile_whole, fuse_optimizer, use_attention_backend
 
 
@@ -289,8 +296,18 @@ def check_launch(args, accelerator):
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise ADTError(
             f"{accelerator.distributed_type.value} is not supported: two networks train in turn here, which sharded "
-            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu)."
+            "engines do not do under one accelerator. Use data parallelism (accelerate launch --multi_gpu), with "
+            "--shard to divide the network among the cards."
         )
+    if args.shard and is_torch_version("<", "2.8"):  # whose outermost part stays whole behind a pass
+        raise ADTError(f"--shard needs torch 2.8 or later; this is {torch.__version__}.")
+    if args.shard and accelerator.num_processes == 1:
+        raise ADTError(
+            "--shard divides the network among processes, and there is one: start several (accelerate launch "
+            "--multi_gpu --num_processes N), or leave it out."
+        )
+    if args.shard and accelerator.mixed_precision == "fp16":
+        raise ADTError("--shard does not go with fp16, whose loss scaling sharded gradients lack: use bf16.")
     if accelerator.gradient_accumulation_steps != args.gradient_accumulation_steps:
         # It divides every loss, and this program has as many micro-batches as the option says.
         raise ADTError(
@@ -695,7 +712,10 @@ class Trained:
         return self.lr_scheduler.get_last_lr()[0]
 
     def synchronise_if(self, condition):
-        """A context for a forward and its backward: gradients synchronise in the last backward of an update only."""
+        """A context for a forward and its backward: gradients synchronise in the last backward of an update only.
+
+        A sharded network's do in every one, since they would be whole until then.
+        """
         if self.fused_backward is not None:
             return self.fused_backward.applying_if(condition)
         return contextlib.nullcontext() if condition else self.run.accelerator.no_sync(self.wrapped)
@@ -723,7 +743,7 @@ class Trained:
     def update_ema(self):
         if self.run.args.offload_ema:
             self.ema.to(self.run.accelerator.device, non_blocking=True)
-        self.ema.step(trainable_parameters(self.network))
+        self.ema.step(own_parts(trainable_parameters(self.network)))
         if self.run.args.offload_ema:
             self.ema.to("cpu", non_blocking=True)
 
@@ -741,6 +761,10 @@ class Trained:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    def gathered(self):
+        """A context with a sharded network's weights together, for passes without gradient."""
+        return gathered(self.network)
+
     @contextlib.contextmanager
     def averaged(self):
         """A context with the averaged weights in place of the trained ones, where there is an average."""
@@ -754,6 +778,13 @@ def averaged_weights(network, ema):
         yield
         return
     parameters = trainable_parameters(network)
+    if is_sharded(network):
+        exchange_values(own_parts(parameters), ema.shadow_params)
+        try:
+            yield
+        finally:
+            exchange_values(own_parts(parameters), ema.shadow_params)
+        return
     own = [parameter.data for parameter in parameters]
     # Exchanged, not copied: `EMAModel.store` would move the weights to the CPU and back.
     for parameter, average in zip(parameters, ema.shadow_params, strict=True):
@@ -768,9 +799,12 @@ def averaged_weights(network, ema):
 def prepare_generator(network, run) -> Trained:
     """The network with its optimizer, schedule and average, prepared by accelerate."""
     args = run.args
+    if args.shard:  # first, so that what follows is of the parts
+        shard_network(network, weight_dtype(run.accelerator), run.accelerator.device.type)
     ema = None
     if args.use_ema:
-        ema = EMAModel(trainable_parameters(network), decay=args.ema_decay, foreach=args.foreach_ema)
+        parts = own_parts(trainable_parameters(network))
+        ema = EMAModel(parts, decay=args.ema_decay, foreach=args.foreach_ema)
         ema.to("cpu" if args.offload_ema else run.accelerator.device)
     if args.optimizer == "adamw":
         optimizer = make_optimizer(torch.optim.AdamW, network, args.learning_rate, args)
@@ -787,7 +821,12 @@ def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Tr
     # The learning rate schedule is not prepared: accelerate would step it once for each process. Frozen models are
     # not either.
     fuse_optimizer(optimizer)
-    wrapped, optimizer = run.accelerator.prepare(network, optimizer)
+    if is_sharded(network):
+        wrapped = run.accelerator.prepare_model(network, evaluation_mode=True)  # autocast alone
+        optimizer = run.accelerator.prepare_optimizer(optimizer)
+        keep_optimizer_whole(optimizer.optimizer)
+    else:
+        wrapped, optimizer = run.accelerator.prepare(network, optimizer)
     run.accelerator.register_for_checkpointing(lr_scheduler)
     return Trained(name, network, wrapped, optimizer, lr_scheduler, run, ema)
 

@@ -74,7 +74,7 @@ def make_parser(name, description, without=(), families=FAMILIES, **defaults) ->
     parser.set_defaults(adversarial_loss_weight=0.0, **defaults)  # which is what "no simulated inference" means
     drift = ("drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift")
     buckets = ("use_aspect_ratio_buckets", "aspect_ratio_buckets")  # some of these discriminators see squares alone
-    absent = {"adversarial_loss_weight", "rollout_time_ids", *buckets, *drift, *without}
+    absent = {"adversarial_loss_weight", "rollout_time_ids", "shard", *buckets, *drift, *without}
     for action in list(parser._actions):
         if action.dest in absent or Nature.ADVERSARIAL in getattr(action, "natures", ()):
             parser.set_defaults(**{action.dest: action.default})

@@ -114,21 +114,26 @@ def fresh_process():
     reset_accelerate()
 
 
+def short_run_options(family, base_path, dinov2_path, dataset_path, output_dir, *more):
+    """Options of a short run in which both networks visibly move; later ones override earlier ones."""
+    return [
+        "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
+        "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", "-1", "1", "3",
+        "--discriminator_resolution", "16", "--resolution", "16", "--train_batch_size", "2",
+        "--max_train_steps", "4", "--generator_update_interval", "2", "--num_inference_steps", "4",
+        "--num_gradient_steps", "2", "--learning_rate", "1e-3", "--discriminator_learning_rate", "1e-3",
+        "--lr_warmup_steps", "0", "--discriminator_lr_warmup_steps", "0", "--checkpointing_steps", "100",
+        "--guidance_scale", "7", "--dataloader_num_workers", "0", *family.options,
+        "--output_dir", str(output_dir), *map(str, more),
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def options(family, base_path, dinov2_path, dataset_path, tmp_path):
-    """Options of a short run in which both networks visibly move; later ones override earlier ones."""
+    """`short_run_options` of the family; `output_dir` is a name."""
 
     def make(*more, output_dir="out"):
-        return [
-            "--pretrained_model_name_or_path", base_path, "--train_data_dir", dataset_path,
-            "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", "-1", "1", "3",
-            "--discriminator_resolution", "16", "--resolution", "16", "--train_batch_size", "2",
-            "--max_train_steps", "4", "--generator_update_interval", "2", "--num_inference_steps", "4",
-            "--num_gradient_steps", "2", "--learning_rate", "1e-3", "--discriminator_learning_rate", "1e-3",
-            "--lr_warmup_steps", "0", "--discriminator_lr_warmup_steps", "0", "--checkpointing_steps", "100",
-            "--guidance_scale", "7", "--dataloader_num_workers", "0", *family.options,
-            "--output_dir", str(tmp_path / output_dir), *map(str, more),
-        ]  # fmt: skip
+        return short_run_options(family, base_path, dinov2_path, dataset_path, tmp_path / output_dir, *more)
 
     return make
 

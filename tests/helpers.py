@@ -53,19 +53,21 @@ def run_until_signal(run, iteration, *options, number=signal.SIGTERM, **more):
     assert stop.value.code == STOPPED
 
 
-def run_two_processes(script, *arguments, status=0, **environment):
-    """Runs `script` under torchrun; one that hangs or fails ends with what it printed, and where it hung.
+TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", "2")
+
+
+def run_two_processes(script, *arguments, status=0, launcher=TORCHRUN, timeout=300, **environment):
+    """Runs `script` under a launcher; one that hangs or fails ends with what it printed, and where it hung.
 
     Returns what it printed.
     """
     process = subprocess.Popen(
-        [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2", str(script),
-         *map(str, arguments)],
+        [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(script), *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"} | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        printed, _ = process.communicate(timeout=300)
+        printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         for child in psutil.Process(process.pid).children(recursive=True):
             child.send_signal(signal.SIGABRT)  # which has Python print the stack of every thread

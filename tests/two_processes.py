@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 
 
 def gloo_threads():
@@ -22,11 +23,16 @@ def gloo_threads():
     return {name for name in names if "gloo" in name}
 
 
+def whole(tensor):
+    """A copy of it, of a sharded one all of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 def record(train, directory, options):
     """Runs `train`, a script's module, while what the docstring names is recorded."""
     import training_utils
 
-    models, gradients, start_indices, threads = {}, [], [], []
+    models, gradients, start_indices, threads, weights = {}, [], [], [], []
     step, simulate_inference = training_utils.Trained.step, getattr(train, "simulate_inference", None)
     end_training = training_utils.Accelerator.end_training
 
@@ -36,7 +42,7 @@ def record(train, directory, options):
         if (trained.run.accelerator.process_index, iteration) == signalled and trained.name == "generator":
             signal.raise_signal(signal.SIGTERM)
         parameters = [parameter for parameter in trained.wrapped.parameters() if parameter.grad is not None]
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters]).clone())
+        gradients.append(torch.cat([whole(parameter.grad).flatten() for parameter in parameters]))
         stepped = step(trained, iteration)
         models[trained.name] = [parameter.detach() for parameter in trained.network.parameters()]
         return stepped
@@ -46,6 +52,7 @@ def record(train, directory, options):
         return simulate_inference(predict, scheduler, latents, start_index, *others)
 
     def recording_end(accelerator):
+        weights.extend([whole(parameter) for parameter in parameters] for parameters in models.values())
         threads.append(gloo_threads())
         end_training(accelerator)
         threads.append(gloo_threads())
@@ -57,7 +64,6 @@ def record(train, directory, options):
     finally:
         training_utils.Trained.step, train.simulate_inference = step, simulate_inference
         training_utils.Accelerator.end_training = end_training
-    weights = [[parameter.clone() for parameter in parameters] for parameters in models.values()]
     rank = PartialState().process_index
     Path(directory).mkdir(parents=True, exist_ok=True)
     result = {"gradients": gradients, "start_indices": start_indices, "weights": weights}
