@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Optional, Sequence
 
 import torch
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -48,21 +49,26 @@ if __package__:  # loaded by diffusers from a folder or the Hub
         signal_and_noise_levels,
     )
 else:
-    from adt_utils import (
-        GRADIENT_PATHS,
-        check_scheduler,
-        constrained_step,
-        select_train_steps,
-        signal_and_noise_levels,
+    import adt_utils as utils  # with `from`, diffusers would tell users of a package to install it
+
+    GRADIENT_PATHS, check_scheduler, constrained_step = (
+        utils.GRADIENT_PATHS,
+        utils.check_scheduler,
+        utils.constrained_step,
     )
+    select_train_steps, signal_and_noise_levels = utils.select_train_steps, utils.signal_and_noise_levels
 
 
+# What a call of the denoiser may be given: of these a replay finds again what was there.
+PLAIN = (torch.Tensor, torch.dtype, torch.device, bool, int, float, str, type(None))
 DENOISERS = ("unet", "transformer")
 
 
 def find_denoiser(pipeline) -> str:
     """The name of the one component through which the path goes, `"unet"` or `"transformer"`; else `ValueError`."""
     name = type(pipeline).__name__
+    if not isinstance(pipeline, (DiffusionPipeline, ModularPipeline)):
+        raise ValueError(f"{name} is not a pipeline of diffusers.")
     stages = [part for part in pipeline.components if re.search(r"unet|transformer|prior|^decoder$", part)]
     if len(stages) > 1:
         raise ValueError(f"{name} samples by {', '.join(stages)}: the path goes through one denoiser alone.")
@@ -130,7 +136,7 @@ class KeptCall:
     index: int  # of the step
     arguments: tuple  # (args, kwargs), detached, by reference
     versions: list[int]  # of their tensors, before the call
-    leaves: list[torch.Tensor]  # float32, one for each floating tensor that the call returned
+    leaves: list[torch.Tensor]  # at least float32, one for each floating tensor that the call returned
     weight_versions: list[int]
     autocast: functools.partial
 
@@ -141,6 +147,11 @@ def versions(tree) -> list[int]:
 
 def detached(tree):
     return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
+
+
+def in_float32(tensor):
+    """In float32, or in float64 as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def floating_leaves(tree) -> list[torch.Tensor]:
@@ -262,18 +273,21 @@ class Call:
         """The stand-in's call: without gradient, and at a chosen step with leaves for its floating outputs."""
         if self.index is None:
             self.begin()
-        arguments = detached((args, kwargs))
-        before = versions(arguments)
+        arguments, chosen = detached((args, kwargs)), self.index in self.train_steps
+        before = None
+        if chosen:
+            self.check_arguments(arguments)
+            before = versions(arguments)
         with torch.no_grad():
             output = self.network(*arguments[0], **arguments[1])
-        if self.index not in self.train_steps:
+        if not chosen:
             return output
         device, leaves = next(self.network.parameters()).device.type, []
 
         def leaf(tensor):
             if not tensor.is_floating_point():
                 return tensor
-            leaves.append(tensor.detach().float().requires_grad_())
+            leaves.append(in_float32(tensor.detach()).requires_grad_())
             return leaves[-1].to(tensor.dtype, copy=True)  # a copy, since a pipeline may write into what it gets
 
         autocast = functools.partial(
@@ -283,6 +297,23 @@ class Call:
         weights = versions(list(self.network.parameters()))
         self.kept.append(KeptCall(self.index, arguments, before, leaves, weights, autocast))
         return output
+
+    def check_arguments(self, arguments):
+        """Refuses what a replay would not find again as the call had it."""
+        name = type(self.tunable.pipeline).__name__
+        for value in tree_leaves(arguments):
+            if not isinstance(value, PLAIN):
+                raise ValueError(
+                    f"{name} hands its denoiser a {type(value).__name__}, whose state a replay would lack."
+                )
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                raise ValueError(f"{name} was given a tensor made under torch.inference_mode; use torch.no_grad.")
+        options = (value for key, value in arguments[1].items() if key.endswith("attention_kwargs") and value)
+        if any(own.get("scale", 1.0) != 1.0 for own in options):
+            if getattr(self.tunable.denoiser, "is_gradient_checkpointing", False):
+                raise ValueError(
+                    "diffusers recomputes a checkpointed call without its adapters' scale: set it by set_adapters."
+                )
 
     def step(self, model_output, timestep, sample):
         if self.noised is not None and self.start is None:
@@ -344,15 +375,14 @@ class ConstrainedPipeline:
 
     def __init__(self, pipeline, num_gradient_steps=3, gradient_path="adt", network=None, generator=None):
         self.check(pipeline)
-        if num_gradient_steps < 1:
-            raise ValueError(f"num_gradient_steps must be at least 1, not {num_gradient_steps}.")
+        if not isinstance(num_gradient_steps, int) or num_gradient_steps < 1:
+            raise ValueError(f"num_gradient_steps must be a whole number of at least 1, not {num_gradient_steps}.")
         if gradient_path not in GRADIENT_PATHS:
             raise ValueError(f"Unknown gradient path '{gradient_path}': choose from {', '.join(GRADIENT_PATHS)}.")
         self.pipeline, self.name = pipeline, find_denoiser(pipeline)
-        if network is not None and all(module is not self.denoiser for module in network.modules()):
-            raise ValueError(f"network is not the pipeline's {self.name}, nor wrapped around it.")
         self.num_gradient_steps, self.gradient_path, self.generator = num_gradient_steps, gradient_path, generator
         self.wrapped, self.start = network, None
+        self.check_network()
         # A call lives as long as a graph that leads to its leaves, so that images without a backward cost nothing.
         self.alive = weakref.WeakSet()
         for part, component in pipeline.components.items():
@@ -367,6 +397,12 @@ class ConstrainedPipeline:
     def network(self):
         """What is called as the denoiser: `network` where it was given."""
         return self.denoiser if self.wrapped is None else self.wrapped
+
+    def check_network(self):
+        network = self.wrapped
+        modules = network.modules() if isinstance(network, nn.Module) else ()
+        if network is not None and all(module is not self.denoiser for module in modules):
+            raise ValueError(f"network is not the pipeline's {self.name}, nor wrapped around it.")
 
     def __call__(self, *args, train_steps: Optional[Sequence[int]] = None, **kwargs):
         """Calls the pipeline with its own arguments; under `torch.no_grad` nothing is kept for a backward.
@@ -385,6 +421,10 @@ class ConstrainedPipeline:
         """
         if kwargs.get("output_type", "pt") not in ("pt", "latent"):
             raise ValueError(f"output_type must be 'pt' or 'latent', not '{kwargs['output_type']}'.")
+        if kwargs.get("denoising_end") is not None:
+            raise ValueError("denoising_end would end the path before its last steps.")
+        if train_steps is not None and (isinstance(train_steps, int) or not train_steps):
+            raise ValueError(f"train_steps must be a list of steps, not {train_steps}.")
         options = {"output_type": "pt", **kwargs, "return_dict": False}
         run = type(self.pipeline).__call__.__wrapped__
         return self.record(lambda: run(self.pipeline, *args, **options)[0], train_steps)
@@ -392,12 +432,15 @@ class ConstrainedPipeline:
     def record(self, run, train_steps=None):
         """What `run()` returns, the images or latents of one pass through the pipeline's loop, attached."""
         self.check(self.pipeline)
+        self.check_network()
         if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise ValueError(f"No parameter of the pipeline's {self.name} requires a gradient.")
         call = Call(self, train_steps)
         with call.installed():
             images = run()
         self.start = call.start
+        if torch.is_grad_enabled() and not call.train_steps:
+            raise ValueError(f"{type(self.pipeline).__name__} runs its own loop without gradient.")
         if {kept.index for kept in call.kept} != set(call.train_steps):
             raise ValueError(f"The pipeline ended before it had come to all of the steps {sorted(call.train_steps)}.")
         if call.kept:
@@ -413,12 +456,22 @@ class ConstrainedPipeline:
         Frees the graph of `loss` (decoder, reward, solver) unless `retain_graph`. Each call of the denoiser that was
         kept has a list of float32 vectors, one for each floating tensor that it returned, None where the loss does not
         depend on it. Scale and add them as wanted (two losses' norms can be balanced here), and give them to `replay`.
+
+        Raises:
+            ValueError: for a loss without gradient to images, or with one to the denoiser's weights by another way.
         """
         kept = [kept for call in self.alive for kept in call.kept]
         leaves = [leaf for one in kept for leaf in one.leaves]
         found = ()
         if leaves and isinstance(loss, torch.Tensor) and loss.requires_grad:
-            found = iter(torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=retain_graph))
+            weights = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+            found = torch.autograd.grad(loss, [*leaves, *weights], allow_unused=True, retain_graph=retain_graph)
+            if any(vector is not None for vector in found[len(leaves) :]):
+                raise ValueError(
+                    f"A part of the loss leads to the {self.name}'s weights by another way than the images: send it "
+                    "its own backward."
+                )
+            found = iter(found)
         vectors = {one: [next(found) for _ in one.leaves] for one in kept} if found else {}
         vectors = {one: own for one, own in vectors.items() if any(vector is not None for vector in own)}
         if not vectors:
@@ -453,7 +506,7 @@ class ConstrainedPipeline:
                     with kept.autocast():
                         outputs = floating_leaves(network(*args, **kwargs))
                     pairs = zip(outputs, vectors, strict=True)
-                    backward(sum((output.float() * own).sum() for output, own in pairs if own is not None))
+                    backward(sum((in_float32(output) * own).sum() for output, own in pairs if own is not None))
                     del outputs, pairs
         for call in self.alive:
             call.kept = [kept for kept in call.kept if kept not in gradients]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""ADT's discriminator on a pipeline of one's own: low-rank adapters of any image-to-image pipeline.
+"""ADT's discriminator on a pipeline of one's own: low-rank adapters of SDXL, SD3, FLUX.1, Qwen-Image or Z-Image.
 
     python examples/adt_discriminator.py --pretrained_model_name_or_path black-forest-labs/FLUX.1-dev \
         --train_data_dir photos --output_dir flux-adt
@@ -106,7 +106,7 @@ def main(args):
         updates_generator = iteration % args.generator_update_interval == 0
         with torch.set_grad_enabled(updates_generator):
             generated = tunable(
-                prompts, image=images / 2 + 0.5, strength=random.randint(1, steps) / steps,
+                prompts, image=images / 2 + 0.5, strength=min(1.0, (random.randint(1, steps) + 0.5) / steps),
                 num_inference_steps=steps, **size,
             )  # fmt: skip
         update_spectral_norm(discriminator)

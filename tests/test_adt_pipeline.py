@@ -44,8 +44,8 @@ def gradient(network):
     return vector
 
 
-def kept_graphs(pipeline, inputs, train_steps, loss=loss_of):
-    """The gradient by plain autograd through the graphs of `train_steps`, written without the plugin."""
+def kept_graphs(pipeline, inputs, train_steps, gradient_path="adt"):
+    """The gradient by plain autograd through the graphs of `train_steps`, from the start on, without the plugin."""
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     own, scheduler, forward, steps = pipeline.scheduler, copy.deepcopy(pipeline.scheduler), denoiser.forward, []
 
@@ -61,13 +61,13 @@ def kept_graphs(pipeline, inputs, train_steps, loss=loss_of):
     def step(model_output, timestep, sample, return_dict=False):
         steps.append(timestep)
         del scheduler.step
-        sample = constrained_step(scheduler, model_output, timestep, sample)
+        sample = constrained_step(scheduler, model_output, timestep, sample, gradient_path)
         scheduler.step = step
         return (sample,)
 
     denoiser.forward, scheduler.step, pipeline.scheduler = call, step, scheduler
     options = {"output_type": "latent", "return_dict": False}
-    loss(type(pipeline).__call__.__wrapped__(pipeline, **inputs, generator=generator(), **options)[0]).backward()
+    loss_of(type(pipeline).__call__.__wrapped__(pipeline, **inputs, generator=generator(), **options)[0]).backward()
     del denoiser.forward
     pipeline.scheduler = own
     return gradient(denoiser)
@@ -112,7 +112,8 @@ def test_gradient_is_that_of_the_family_scripts(family, options, base_path):
     args = train.parse_args(options())
     scheduler, _, _ = train.check_models(args)
     encoder = train.PromptEncoder(args, NO_ACCELERATOR)
-    examples = {"original_sizes": torch.tensor([[16, 16]]), "crop_top_lefts": torch.tensor([[0, 0]])}
+    examples = {name: torch.tensor([[side, side]]) for name, side in (("original_sizes", 16), ("crop_top_lefts", 0))}
+    examples["pixel_values"] = torch.zeros(1, 3, 16, 16)
     positive = encoder(["a red disc"])
     conditions = train.make_conditions(examples, positive, encoder.negative, torch.tensor([False]), args)
     noise, network = torch.randn(1, 4, 8, 8, generator=generator()), getattr(pipeline, family.network)
@@ -175,7 +176,7 @@ def test_start_from_an_image(name, scheduler):
     }[pipeline.scheduler.config.get("prediction_type", "flow_prediction")]()
     assert relative(expected, start.latents) < 1e-5
     tunable.backward(loss_of(latents))
-    assert gradient(tunable.denoiser).norm() > 0
+    assert relative(gradient(tunable.denoiser), kept_graphs(pipeline, inputs, range(2))) < 1e-5
 
 
 # In one's own loop
@@ -221,9 +222,10 @@ def test_what_is_not_sent_back_is_not_kept(flux):
     assert len(flux.tunable.alive) == 1  # the loss leads to its leaves
     del loss
     assert len(flux.tunable.alive) == 0
-    with torch.no_grad():
-        images = flux.call()
-    assert not images.requires_grad and len(flux.tunable.alive) == 0
+    for without_gradient in (torch.no_grad, torch.inference_mode):
+        with without_gradient():
+            images = flux.call()
+        assert not images.requires_grad and len(flux.tunable.alive) == 0
 
 
 def test_two_losses_are_balanced(flux):
@@ -245,10 +247,12 @@ def test_steps_are_chosen_and_paths_differ():
         tunable = ConstrainedPipeline(pipeline, num_gradient_steps=2, gradient_path=path, generator=generator(3))
         latents = tunable(**inputs, generator=generator(), output_type="latent")
         (call,) = tunable.alive
-        assert [kept.index for kept in call.kept] in ([0, 2], [1, 3])
+        steps = [kept.index for kept in call.kept]
+        assert steps in ([0, 2], [1, 3])
         tunable.backward(loss_of(latents))
         gradients[path] = gradient(pipeline.unet)
         del latents
+        assert relative(gradients[path], kept_graphs(pipeline, inputs, steps, path)) < 1e-5
     assert relative(gradients["drtune"], gradients["adt"]) > 0.1
 
 
@@ -270,6 +274,15 @@ def test_compiled(flux):
     plain = send(flux)
     flux.pipeline.transformer = torch.compile(flux.denoiser, backend="aot_eager")
     assert relative(send(flux), plain) < 1e-4
+
+
+def test_float64():
+    pipeline, inputs = make_pipeline("sd15")
+    pipeline.to(torch.float64)
+    inputs = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    latents = ConstrainedPipeline(pipeline)(**inputs, generator=generator(), output_type="latent")
+    assert latents.dtype == torch.float64
+    assert torch.equal(latents, stock(pipeline, inputs, output_type="latent"))
 
 
 @pytest.mark.parametrize("name", ["flux", "cogview4", "sdxl"])
@@ -334,16 +347,29 @@ def test_calls_that_cannot_work_are_refused(flux):
     for options, sentence in (
         ({"train_steps": [1, 4]}, r"train_steps \[1, 4\] are not all on the path, 0 to 3"),
         ({"output_type": "pil"}, "output_type must be 'pt' or 'latent', not 'pil'"),
+        ({"train_steps": []}, r"train_steps must be a list of steps, not \[\]"),
+        ({"train_steps": 3}, "train_steps must be a list of steps, not 3"),
+        ({"denoising_end": 0.5}, "would end the path before its last steps"),
     ):
         with pytest.raises(ValueError, match=sentence):
             flux.call(**options)
     assert called == []
+    with torch.inference_mode():
+        embeddings = flux.inputs["prompt_embeds"].clone()
+    for options, sentence in (
+        ({"joint_attention_kwargs": {"cache": flux}}, "hands its denoiser a SimpleNamespace, whose state a replay"),
+        ({"prompt_embeds": embeddings}, "a tensor made under torch.inference_mode"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            flux.call(**options)
     with pytest.raises(ValueError, match=r"ended before it had come to all of the steps \[1, 3\]"):
         flux.call(callback_on_step_end=lambda pipeline, *args: setattr(pipeline, "_interrupt", True) or {})
     images = flux.call()
     for loss in (images.detach().sum(), torch.ones(2, requires_grad=True).sum(), 1.0):
         with pytest.raises(ValueError, match="no gradient to images of this pipeline"):
             flux.tunable.backward(loss)
+    with pytest.raises(ValueError, match="leads to the transformer's weights by another way than the images"):
+        flux.tunable.backward(loss_of(flux.call()) + next(flux.denoiser.parameters()).square().sum())
     sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
     with pytest.raises(ValueError, match="Replays under FSDP have not been tried"):
         flux.tunable.backward(loss_of(flux.call()), sharded)
@@ -357,6 +383,28 @@ def test_calls_that_cannot_work_are_refused(flux):
         flux.tunable.backward(loss_of(images))
 
 
+def test_a_loop_of_its_own_without_gradient_is_refused(flux):
+    class Own(diffusers.FluxPipeline):
+        @torch.no_grad()
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    flux.pipeline.__class__ = Own
+    with pytest.raises(ValueError, match="Own runs its own loop without gradient"):
+        flux.call()
+
+
+def test_scaled_adapters_under_checkpointing_are_refused(flux):
+    """Whose gradient would be another scale's."""
+    flux.denoiser.requires_grad_(False)
+    flux.denoiser.add_adapter(LORA)
+    scaled = {"joint_attention_kwargs": {"scale": 0.3}}
+    assert send(flux, **scaled).norm() > 0
+    flux.denoiser.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="set it by set_adapters"):
+        flux.call(**scaled)
+
+
 def test_a_stochastic_step_is_refused():
     pipeline, inputs = make_pipeline("sd15")
     with pytest.raises(ValueError, match="does not hold for DDIMScheduler.step with eta"):
@@ -365,12 +413,16 @@ def test_a_stochastic_step_is_refused():
 
 def test_options_that_cannot_work_are_refused(flux):
     for options, sentence in (
-        ({"num_gradient_steps": 0}, "num_gradient_steps must be at least 1, not 0"),
+        ({"num_gradient_steps": 0}, "num_gradient_steps must be a whole number of at least 1, not 0"),
+        ({"num_gradient_steps": "3"}, "num_gradient_steps must be a whole number of at least 1, not 3"),
+        ({"network": "transformer"}, "network is not the pipeline's transformer, nor wrapped around it"),
         ({"gradient_path": "full"}, "Unknown gradient path 'full'"),
         ({"network": nn.Linear(2, 2)}, "network is not the pipeline's transformer, nor wrapped around it"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ConstrainedPipeline(flux.pipeline, **options)
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is not a pipeline of diffusers"):
+        ConstrainedPipeline(flux.denoiser)
 
 
 def hooked(pipeline):

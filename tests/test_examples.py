@@ -125,6 +125,22 @@ def gradient(network):
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
+def test_packages_need_nothing_to_install():
+    """Of what diffusers finds in the files that it brings, it says how to install what is not there."""
+    for file in (
+        "adt_pipeline.py",
+        "adt_utils.py",
+        "examples/custom_pipeline/pipeline.py",
+        "examples/modular_block/block.py",
+    ):
+        text = (ROOT / file).read_text()
+        # As `diffusers.utils.dynamic_modules_utils.check_imports` looks for them.
+        found = re.findall(r"^\s*import\s+(\S+)\s*$|^\s*from\s+(\S+)\s+import", text, re.MULTILINE)
+        names = {name for pair in found for name in pair}
+        assert any(name.startswith("diffusers") for name in names)
+        assert not [name for name in names if name.startswith("adt_")]
+
+
 def test_custom_pipeline(package, expected, tmp_path):
     inputs, images, vector = expected
     make_pipeline("flux")[0].save_pretrained(tmp_path / "flux")

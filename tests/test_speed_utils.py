@@ -138,6 +138,7 @@ def test_attention_backend(train, options):
         network = train.load_network(args, NO_ACCELERATOR).train()
         encoder = train.PromptEncoder(args, NO_ACCELERATOR)
         examples = {name: torch.tensor([[16, 16]]) for name in ("original_sizes", "crop_top_lefts")}
+        examples["pixel_values"] = torch.zeros(1, 3, 16, 16)
         conditions = train.make_conditions(
             examples, encoder(["a red disc"]), encoder.negative, torch.tensor([False]), args
         )

@@ -38,8 +38,11 @@ if __package__:  # loaded by diffusers from a folder or the Hub, which brings th
     from .adt_pipeline import ConstrainedPipeline, check_components
     from .adt_utils import GRADIENT_PATHS
 else:
-    from adt_pipeline import ConstrainedPipeline, check_components
-    from adt_utils import GRADIENT_PATHS
+    import adt_pipeline as plugin  # with `from`, diffusers would tell users to install it
+    import adt_utils as utils
+
+    ConstrainedPipeline, check_components = plugin.ConstrainedPipeline, plugin.check_components
+    GRADIENT_PATHS = utils.GRADIENT_PATHS
 
 
 class ConstrainedBlocks(ConstrainedPipeline):
