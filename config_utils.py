@@ -39,13 +39,19 @@ def with_config(parser, input_args=None) -> list[str]:
     return words if file is None else [*config_words(parser, file), *words]
 
 
-def config_words(parser, file) -> list[str]:
+def read_config(parser, file) -> dict:
+    """A file's options by name; ends with the parser's error where there are none."""
     try:
         options = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # JSON is YAML, too
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"--config {file} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(options, dict):
         parser.error(f"--config {file} must have options by name, such as `learning_rate: 1e-5`.")
+    return options
+
+
+def config_words(parser, file) -> list[str]:
+    options = read_config(parser, file)
     # By their own names alone: an alias of one has its `dest`.
     actions = {action.dest: action for action in parser._actions if f"--{action.dest}" in action.option_strings}
     del actions["help"], actions["config"]
@@ -80,7 +86,7 @@ def option_words(parser, where, action, value) -> list[str]:
     return [f"{flag}={value}"]
 
 
-def write_config(args, hidden, file):
+def write_config(args, num_processes, hidden, file):
     """Writes the options as filled in, so that the file is a `--config`.
 
     Without those of the names `hidden`, and without models and data in this machine's folders: a published file has no
@@ -91,8 +97,9 @@ def write_config(args, hidden, file):
     given = {name for name in args.natures if getattr(args, name) is not None}
     options = {name: getattr(args, name) for name in args.natures if name in given - hidden - local}
     missing = ", ".join(f"--{name}" for name in args.natures if name in given & (hidden | local))
+    processes = f"{num_processes} process{'es' * (num_processes > 1)}"
     Path(file).write_text(
-        f"# This run's options, for --config. Left out, as this machine's: {missing or 'nothing'}.\n"
+        f"# This run's options, for --config; by {processes}. Left out, as this machine's: {missing or 'nothing'}.\n"
         + yaml.safe_dump(options, sort_keys=False, allow_unicode=True, width=119),
         encoding="utf-8",
     )

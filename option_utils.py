@@ -240,7 +240,7 @@ def add_data_arguments(parser):
     add("--proportion_empty_prompts", type=share, default=0.0,
         help="Share of captions replaced by the empty prompt, in the diffusion loss alone.")  # fmt: skip
     add("--dataloader_num_workers", Nature.NO_EFFECT, type=non_negative_int, default=4,
-        help="Processes that load images, to each process that trains.")  # fmt: skip
+        help="Processes that load images, to each that trains; as many when a stream is resumed.")  # fmt: skip
     add("--check_images", Nature.NO_EFFECT, choices=["all", "sample", "none"], default="sample",
         help="Which of the images to decode before the run; all are done once and remembered.")  # fmt: skip
     # Where it makes a difference, there is no run without it.
@@ -325,6 +325,7 @@ def add_lora_arguments(parser):
     add("--lora_dropout", type=share, default=0.0, help="Of the adapters, in the diffusion loss.")
     add("--lora_layers", type=comma_separated, default=["to_q", "to_k", "to_v", "to_out.0"],
         help="Layers that get one, separated by commas.")  # fmt: skip
+    add("--lora_target_modules", dest="lora_layers", nargs="+", help=argparse.SUPPRESS)  # its former name
     add("--use_dora", action=BOOLEAN, default=False, help="Decompose the weights into magnitude and direction: DoRA.")
     add("--bnb_quantization_config_path", type=four_bit_config, default=None,
         help="JSON file of a BitsAndBytesConfig, to have the frozen network in four bits; needs a GPU.")  # fmt: skip
@@ -488,6 +489,8 @@ def check_options(args, parser):
             f"--discriminator_norm_group {args.discriminator_norm_group} does not divide --train_batch_size "
             f"{args.train_batch_size}."
         )
+    if args.compile and args.use_aspect_ratio_buckets:
+        parser.error("--compile does not go with --use_aspect_ratio_buckets: each size would be compiled anew.")
     for flag, reason in SHARD_EXCLUDES.items():
         if args.shard and getattr(args, flag):
             parser.error(f"--shard does not go with --{flag}: {reason}.")
@@ -519,7 +522,7 @@ def check_options(args, parser):
 
 def check_optimizer_options(args, parser):
     """Refuses settings with which an optimizer would do nothing of use, or could not do what is asked for."""
-    if args.optimizer == "prodigy" and (args.learning_rate < 0.1 or args.scale_lr):
+    if args.optimizer == "prodigy" and ((args.learning_rate or 0) < 0.1 or args.scale_lr):
         parser.error(
             "--optimizer prodigy finds the step size itself, and --learning_rate is a factor of it: give 1, without "
             "--scale_lr."

@@ -925,7 +925,9 @@ def save_result(network, models, grids, run):
         grid.save(file)
         written.append(f"images/{file.name}")
     write_model_card(models.sampler, bool(grids), run)
-    write_config(args, args.of_nature(Nature.PRIVATE, Nature.SECRET), Path(args.output_dir, CONFIG))
+    filled_in = args.replace(mixed_precision=run.accelerator.mixed_precision)
+    hidden = args.of_nature(Nature.PRIVATE, Nature.SECRET)
+    write_config(filled_in, run.accelerator.num_processes, hidden, Path(args.output_dir, CONFIG))
     logger.info(f"Saved the result in {args.output_dir}")
     if args.push_to_hub:
         upload_result(written, run)

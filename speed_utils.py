@@ -132,16 +132,7 @@ def use_attention_backend(network, name, dtype, device) -> None:
 
 
 def fuse_optimizer(optimizer) -> None:
-    """Has PyTorch's AdamW update all parameters in one kernel, in place, without copies of them; others stay.
-
-    A checkpoint's own flag, as from before this, gives way: `load_state_dict` would take it over.
-    """
-    if type(optimizer) is not torch.optim.AdamW:
-        return
-
-    def fused(optimizer, state):
-        return state | {"param_groups": [group | {"fused": True} for group in state["param_groups"]]}
-
-    for group in optimizer.param_groups:
-        group["fused"] = True
-    optimizer.register_load_state_dict_pre_hook(fused)
+    """Has PyTorch's AdamW update all parameters in one kernel, in place, without copies of them; others stay."""
+    if type(optimizer) is torch.optim.AdamW:
+        for group in optimizer.param_groups:
+            group["fused"] = True

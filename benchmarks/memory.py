@@ -576,15 +576,6 @@ LADDERS = {
 }  # fmt: skip
 
 
-def four_bit_bytes(network) -> int:
-    """The frozen weights with linear layers in four bits, a float32 scale to each 64 weights."""
-    total = sum(parameter.nbytes for parameter in network.parameters())
-    for module in network.modules():
-        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad:
-            total += int(module.weight.numel() * (1 / 2 + 4 / 64)) - module.weight.nbytes
-    return total
-
-
 @cache
 def measure_parts(name, images, half_vae) -> SimpleNamespace:
     """Of a model in bytes, or in what can be counted: what is there throughout, and for how long the rest is.

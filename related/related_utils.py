@@ -36,6 +36,7 @@ import train_adt_sd3
 import train_adt_sd15
 import train_adt_sdxl
 from adt_utils import SimulatedInference, TrainStep
+from config_utils import read_config
 from data_utils import check_used_images, images_per_epoch, list_captions, load_image_caption_dataset
 from option_utils import Nature, adder
 from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
@@ -52,7 +53,13 @@ def parse_family(description, input_args=None, families=FAMILIES) -> str:
     """The `--family` of a command line, on which the other options depend; ends with the help where it has none."""
     parser = argparse.ArgumentParser(description=description, add_help=False)
     parser.add_argument("--family", choices=families, help="With it, --help shows all options.")
-    name = parser.parse_known_args(input_args)[0].family
+    parser.add_argument("--config", help=argparse.SUPPRESS)
+    given = parser.parse_known_args(input_args)[0]
+    name = given.family
+    if name is None and given.config is not None:
+        name = read_config(parser, given.config).get("family")
+        if name not in (None, *families):
+            parser.error(f"--config {given.config}: family must be one of {', '.join(families)}, not {name}.")
     if name is None:
         parser.add_argument("--help", "-h", action="help")
         parser.parse_known_args(input_args)

@@ -152,6 +152,9 @@ class ResNetFeatures(FeatureNetwork):
     def channels(self) -> int:
         return self.model.config.hidden_sizes[-1]
 
+    def input_size(self, height, width):
+        return self.resolution, self.resolution
+
     def forward(self, images):
         """images: (B, 3, H, W) in [-1, 1]. Returns the pooled features, (B, C) float32."""
         return self.run_model(images).pooler_output.flatten(1)

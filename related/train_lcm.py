@@ -126,7 +126,9 @@ def parse_args(input_args=None):
             "student trains at."
         )
     learning_rate = args.learning_rate or (1e-4 if args.use_lora else 1e-6)
-    use_ema = not args.use_lora if args.use_ema is None else args.use_ema
+    # A schedule-free optimizer averages the weights itself.
+    averages = not args.use_lora and args.optimizer != "adamw_schedulefree"
+    use_ema = averages if args.use_ema is None else args.use_ema
     return args.replace(learning_rate=learning_rate, use_ema=use_ema)
 
 

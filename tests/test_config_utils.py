@@ -100,10 +100,11 @@ def test_missing_file(capsys):
 def test_written_options_of_other_forms(tmp_path):
     """An alias's, a list's in one word, and what stood in another file."""
     (tmp_path / "nf4.json").write_text('{"load_in_4bit": true}')
-    words = ("--use_8bit_adam", "--use_lora", "--lora_layers", "to_q,to_k")
+    words = ("--use_8bit_adam", "--use_lora", "--lora_target_modules", "to_q", "to_k")
     args = typed(*words, "--bnb_quantization_config_path", str(tmp_path / "nf4.json"))
-    write_config(args, set(), tmp_path / "options.yaml")
+    write_config(args, 1, set(), tmp_path / "options.yaml")
     assert values(parse_args(["--config", str(tmp_path / "options.yaml")])) == values(args)
+    assert args.lora_layers == typed("--use_lora", "--lora_layers", "to_q,to_k").lora_layers == ["to_q", "to_k"]
 
 
 def test_a_results_options_make_it_again(run, base_path, dataset_path, dinov2_path, tmp_path, monkeypatch):

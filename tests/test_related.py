@@ -301,6 +301,17 @@ def test_family_is_asked_for(system, capsys):
 
 
 @cases("sd15")
+def test_family_of_a_file(system, tmp_path, capsys):
+    file = tmp_path / "options.yaml"
+    file.write_text("family: sd15\npretrained_model_name_or_path: x\ndataset_name: y\n")
+    assert system.script.parse_args(["--config", str(file)]).family == "sd15"
+    file.write_text("family: sd16\n")
+    with pytest.raises(SystemExit):
+        system.script.parse_args(["--config", str(file)])
+    assert "family must be one of sd15" in capsys.readouterr().err
+
+
+@cases("sd15")
 def test_bad_input_is_refused_before_weights_are_loaded(run, no_weights, tmp_path):
     for more, sentence in {
         ("--pretrained_model_name_or_path", tmp_path / "none"): "is not a readable pipeline",

@@ -81,6 +81,11 @@ def parse(family, *more):
     return train_lcm.parse_args(words)
 
 
+def test_one_average_of_the_weights():
+    assert parse("sd15").use_ema and not parse("sd15", "--use_lora").use_ema
+    assert not parse("sd15", "--optimizer", "adamw_schedulefree").use_ema
+
+
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -513,6 +518,7 @@ def test_huber_c_acts():
     (("--family", "sd15", "--num_inference_steps", 51), "--num_inference_steps 51 is more than the 50 points"),
     (("--family", "sd3", "--num_inference_steps", 101), "--num_inference_steps 101 is more than the 100 points"),
     (("--family", "sdxl", "--w_min", 16), "--w_min 16 is larger than --w_max 15."),
+    (("--family", "sd15", "--optimizer", "prodigy"), "--optimizer prodigy finds the step size itself"),
     (("--family", "sd15", "--huber_c", 0), "argument --huber_c: must be greater than 0, not 0"),
 ])  # fmt: skip
 def test_bad_input_gives_one_sentence(more, sentence, capsys):

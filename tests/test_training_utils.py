@@ -115,7 +115,6 @@ ELSEWHERE = {
     "report_to", "logging_dir", "tracker_project_name", "push_to_hub",
     "hub_model_id", "hub_token", "config", "dataset_split", "streaming", "shuffle_buffer_size",
     "use_aspect_ratio_buckets", "aspect_ratio_buckets",
-    "hub_model_id", "hub_token",
     "compile", "attention_backend", "replay_branches", "decoder_model_name_or_path",  # tests/test_speed_utils.py
 }  # fmt: skip
 
