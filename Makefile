@@ -26,11 +26,11 @@ related: .venv/installed
 	$(BIN)/python demo/reproduce_related.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup tests
+	$(BIN)/python -m pytest -q -n 2 tests
 
 # What `make test` leaves out.
 test-long: .venv/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m long tests
+	$(BIN)/python -m pytest -q -n 2 -m long tests
 
 quality: .venv/installed
 	$(BIN)/ruff check .

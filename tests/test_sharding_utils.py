@@ -4,6 +4,7 @@ All runs of two processes are made at once, by `sharded_processes.py`. What take
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import FAMILIES, reset_accelerate, short_run_options
+from filelock import FileLock
 from helpers import checkpoint_state, equal, read_network, read_scalars, relative, run_two_processes
 from PIL import Image
 
@@ -33,7 +35,6 @@ sys.path.insert(0, str(Path(train.__file__).parent / "benchmarks"))
 from scaling import count_parts  # noqa: E402
 
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one process makes the runs for all tests
 CONFIGS = Path(train.__file__).parent / "accelerate_configs"
 COMMON = (
     "--seed", 2, "--random_flip", "--noise_offset", 0.1, "--proportion_empty_prompts", 0.3, "--learning_rate", 2e-4,
@@ -137,10 +138,30 @@ def paths(base_paths, dinov2_path, dataset_path):
     return base_paths, dinov2_path, dataset_path
 
 
+def make_once(root, make):
+    """Calls `make`, but in one process of pytest-xdist's alone; the others wait for what it puts under `root`."""
+    with FileLock(f"{root}.lock"):
+        if not (root / "made").exists():
+            make()
+            (root / "made").touch()
+
+
 @pytest.fixture(scope="module")
-def short_runs(paths, tmp_path_factory):
-    """Made as `accelerate_configs/four_cards_sharded.yaml` says, but for the number of processes."""
-    runs = Runs(tmp_path_factory.mktemp("short"), paths)
+def shared_path(tmp_path_factory):
+    """A folder of all of pytest-xdist's processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="module")
+def short_runs(paths, shared_path):
+    runs = Runs(shared_path / "short", paths)
+    make_once(runs.root, lambda: make_short_runs(runs))
+    return runs
+
+
+def make_short_runs(runs):
+    """As `accelerate_configs/four_cards_sharded.yaml` says, but for the number of processes."""
     for name in FAMILIES:
         runs.run_alone(name, "one", *EVERYTHING, *(EACH if name == "sd3" else TWO))
     runs.run_alone("sd3", "one-finetune", *FINETUNE)
@@ -149,17 +170,20 @@ def short_runs(paths, tmp_path_factory):
     plans[-2]["disk_full"], plans[-1]["killed_at"] = True, 2
     launcher = ("accelerate", "launch", "--config_file", CONFIGS / "four_cards_sharded.yaml", "--num_processes", "2")
     runs.run_pairs(plans, status=1, launcher=launcher)
-    return runs
 
 
 @pytest.fixture(scope="module")
-def long_runs(paths, tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("long"), paths)
+def long_runs(paths, shared_path):
+    runs = Runs(shared_path / "long", paths)
+    make_once(runs.root, lambda: make_long_runs(runs))
+    return runs
+
+
+def make_long_runs(runs):
     for name in ("sd15", "sdxl"):
         runs.run_alone(name, "one", *EVERYTHING, *EACH)
         runs.run_alone(name, "one-finetune", *FINETUNE)
     runs.run_pairs([runs.planned(*run) for run in LONG])
-    return runs
 
 
 @pytest.fixture

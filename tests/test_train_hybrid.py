@@ -444,6 +444,7 @@ def test_help_has_what_acts(capsys, family):
     )
     drift = {"drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift"}
     ignored = plain.of_nature(Nature.ADVERSARIAL) | {"adversarial_loss_weight", "rollout_time_ids"} | drift
+    ignored |= {"shard", "use_aspect_ratio_buckets", "aspect_ratio_buckets"}
     assert shown == set(vars(plain)) - ignored | OWN | {"family"}
 
 
