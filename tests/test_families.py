@@ -371,8 +371,9 @@ def test_killed_run_goes_on_from_its_last_checkpoint(run, family, train, network
 def test_processes_and_micro_batches_give_the_same_run(family, train, network, options, tmp_path, more):
     if family.name != "sd15" and more not in (PAIRS, LORA):
         pytest.skip("these losses are copied blocks, which `make quality` compares, and a torchrun takes long")
-    # Seeds 0 and 1 would put one of the discriminator's leaky ReLUs at its kink, where rounding decides the slope.
-    common = ("--seed", 2, "--discriminator_norm_group", 2, "--max_train_steps", 4, "--random_flip",
+    # Other seeds put one of the discriminator's leaky ReLUs at its kink, where rounding decides the slope.
+    seed = 3 if "auto" in more else 2
+    common = ("--seed", seed, "--discriminator_norm_group", 2, "--max_train_steps", 4, "--random_flip",
               "--noise_offset", 0.1, "--proportion_empty_prompts", 0.3, "--learning_rate", 2e-4,
               "--discriminator_learning_rate", 2e-4, *more)  # fmt: skip
     pair = options(*common, "--train_batch_size", 2, output_dir="pair")
