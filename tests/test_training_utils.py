@@ -272,7 +272,7 @@ def test_float32_on_a_mac_is_said(caplog, precision, count):
         mixed_precision=precision,
     )  # fmt: skip
     training_utils.Accelerator()  # whose state accelerate's logger asks for
-    training_utils.check_launch(types.SimpleNamespace(gradient_accumulation_steps=1), accelerator)
+    training_utils.check_launch(types.SimpleNamespace(gradient_accumulation_steps=1, shard=False), accelerator)
     assert [message for message in caplog.messages if "the run is in float32" in message] == caplog.messages
     assert len(caplog.messages) == count
 
@@ -457,11 +457,14 @@ def test_skipped_step_moves_nothing(run, monkeypatch):
 
 UTILS = (
     "adt_utils",
+    "bucket_utils",
+    "config_utils",
+    "sharding_utils",
     "speed_utils",
     "option_utils",
     "memory_utils",
-    "sharding_utils",
     "training_utils",
+    "streaming_utils",
     "data_utils",
     "adversary_utils",
     "output_utils",
