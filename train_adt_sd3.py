@@ -296,7 +296,7 @@ def check_models(args):
     most = transformer_config["pos_embed_max_size"] * pixels
     for side in (args.resolution, *(side for size in image_sizes(args) for side in size)):
         if side > most:
-            raise ADTError(f"--resolution {side} is too large: {path} has positions for {most} pixels a side.")
+            raise ADTError(f"{side} pixels a side are too many: {path} has positions for {most}.")
     if args.use_aspect_ratio_buckets and scheduler_config.get("use_dynamic_shifting", False):
         raise ADTError(f"{path} shifts its noise levels by the image's size, which --use_aspect_ratio_buckets varies.")
     if transformer_config["in_channels"] != vae_config["latent_channels"]:

@@ -57,6 +57,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from architectures import DINOV2, NETWORKS, VAES  # noqa: E402
 
 import train_adt_sd3  # noqa: E402
 import train_adt_sd15  # noqa: E402
@@ -83,79 +86,47 @@ SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
     "clip_sample": False,
 }  # fmt: skip
-SDXL_BLOCKS = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-}
-VAE_BLOCKS = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-SD3_VAE = {"latent_channels": 16, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
-# The network's and the VAE's configurations, the images' side, and the shapes of an image's embeddings: `full` as
-# published, `small` with fewer channels and layers, so that a CPU takes a minute.
-SIZES = {
-    "full": {
-        "sd15": (
-            {"cross_attention_dim": 768, "attention_head_dim": 8, "block_out_channels": (320, 640, 1280, 1280)},
-            {"block_out_channels": (128, 256, 512, 512)},
-            512,
-            {"prompt_embeds": (77, 768)},
-        ),
-        "sdxl": (
-            SDXL_BLOCKS | {
-                "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
-                "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "addition_time_embed_dim": 256,
-                "projection_class_embeddings_input_dim": 2816,
-            },
-            {"block_out_channels": (128, 256, 512, 512)},
-            1024,
-            {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)},
-        ),
-        "sd3": (
-            {
-                "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192,
-            },
-            SD3_VAE | {"block_out_channels": (128, 256, 512, 512)},
-            1024,
-            {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)},
-        ),
-    },
-    "small": {
-        "sd15": (
-            {"cross_attention_dim": 256, "attention_head_dim": 8, "block_out_channels": (64, 128, 256, 256)},
-            {"block_out_channels": (32, 64, 64, 64)},
-            128,
-            {"prompt_embeds": (77, 256)},
-        ),
-        "sdxl": (
-            SDXL_BLOCKS | {
-                "block_out_channels": (64, 128, 256), "transformer_layers_per_block": (1, 1, 3),
-                "cross_attention_dim": 512, "attention_head_dim": (2, 4, 8), "addition_time_embed_dim": 64,
-                "projection_class_embeddings_input_dim": 256 + 6 * 64,
-            },
-            {"block_out_channels": (32, 64, 64, 64)},
-            128,
-            {"prompt_embeds": (77, 512), "pooled_prompt_embeds": (256,)},
-        ),
-        "sd3": (
-            {
-                "num_layers": 6, "num_attention_heads": 4, "caption_projection_dim": 256, "pos_embed_max_size": 32,
-                "joint_attention_dim": 512, "pooled_projection_dim": 256,
-            },
-            SD3_VAE | {"block_out_channels": (32, 64, 64, 64)},
-            256,
-            {"prompt_embeds": (77 + 77, 512), "pooled_prompt_embeds": (256,)},
-        ),
-    },
+# A smaller one of each, so that a CPU takes a minute: the network's and the VAE's options in place of the published
+# ones, the images' side, and the shapes of an image's embeddings.
+SMALL = {
+    "sd15": (
+        {"cross_attention_dim": 256, "block_out_channels": (64, 128, 256, 256)}, 128, {"prompt_embeds": (77, 256)},
+    ),
+    "sdxl": (
+        {
+            "block_out_channels": (64, 128, 256), "transformer_layers_per_block": (1, 1, 3),
+            "cross_attention_dim": 512, "attention_head_dim": (2, 4, 8), "addition_time_embed_dim": 64,
+            "projection_class_embeddings_input_dim": 256 + 6 * 64,
+        },
+        128,
+        {"prompt_embeds": (77, 512), "pooled_prompt_embeds": (256,)},
+    ),
+    "sd3": (
+        {
+            "num_layers": 6, "num_attention_heads": 4, "caption_projection_dim": 256, "pos_embed_max_size": 32,
+            "joint_attention_dim": 512, "pooled_projection_dim": 256,
+        },
+        256,
+        {"prompt_embeds": (77 + 77, 512), "pooled_prompt_embeds": (256,)},
+    ),
 }  # fmt: skip
-DINOV2 = {
-    "full": ({"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518}, 518),
-    "small": ({"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "image_size": 112}, 112),
+SMALL_VAE = {"block_out_channels": (32, 64, 64, 64)}
+SMALL_DINOV2 = {"hidden_size": 192, "num_attention_heads": 3, "image_size": 112}
+# As published: the images' side and the shapes of an image's embeddings.
+FULL = {
+    "sd15": (512, {"prompt_embeds": (77, 768)}),
+    "sdxl": (1024, {"prompt_embeds": (77, 2048), "pooled_prompt_embeds": (1280,)}),
+    "sd3": (1024, {"prompt_embeds": (77 + 256, 4096), "pooled_prompt_embeds": (2048,)}),
 }
+
+
+def architecture(family, full_size):
+    """Options of a family's network, VAE and DINOv2, the images' side, and the shapes of an image's embeddings."""
+    network, vae, dinov2 = NETWORKS[family], VAES[family], DINOV2
+    if full_size:
+        return network, vae, dinov2, *FULL[family]
+    own, *rest = SMALL[family]
+    return network | own, vae | SMALL_VAE, dinov2 | SMALL_DINOV2, *rest
 
 
 def parse_args(input_args=None):
@@ -235,16 +206,15 @@ class MadeUpPrompts:
 class System:
     """A family's networks with random weights, prepared as its script prepares them, and what is done with them."""
 
-    def __init__(self, family, size, num_steps, options, folder):
+    def __init__(self, family, full_size, num_steps, options, folder):
         self.family, self.module = family, MODULES[family]
-        network_options, vae_options, resolution, shapes = SIZES[size][family]
-        dinov2_options, features_side = DINOV2[size]
-        Dinov2Model(Dinov2Config(patch_size=14, **dinov2_options)).save_pretrained(folder)
+        network_options, vae_options, dinov2_options, resolution, shapes = architecture(family, full_size)
+        Dinov2Model(Dinov2Config(**dinov2_options)).save_pretrained(folder)
         self.args = self.module.parse_args([
             "--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--report_to", "none",
             "--output_dir", str(folder), "--discriminator_model_name_or_path", str(folder),
             "--resolution", str(resolution),
-            "--discriminator_resolution", str(features_side), "--learning_rate", "1e-9",
+            "--discriminator_resolution", str(dinov2_options["image_size"]), "--learning_rate", "1e-9",
             "--discriminator_learning_rate", "1e-9", "--num_inference_steps", str(num_steps),
             "--max_train_steps", "2", "--generator_update_interval", "2", "--lr_warmup_steps", "0", *options,
         ])  # fmt: skip
@@ -255,7 +225,7 @@ class System:
         with torch.device(self.device):
             side = resolution // 8
             network = self.module.FAMILY.network_class(sample_size=side, **network_options)
-            vae = freeze_vae(AutoencoderKL(**VAE_BLOCKS | vae_options), torch.float32, self.args, self.accelerator)
+            vae = freeze_vae(AutoencoderKL(**vae_options), torch.float32, self.args, self.accelerator)
         interruption = SimpleNamespace(is_due=lambda done: False, stopped_after=None)
         self.run = Run(
             self.module.FAMILY, adt_or_plain(self.args), self.args, self.accelerator, None, {}, None, 0, resolution,
@@ -516,9 +486,8 @@ RATIOS = {
 
 
 def measure(family, args, options, folder) -> dict:
-    size = "full" if args.full_size else "small"
     num_steps = args.num_steps or (25 if args.full_size else 4)
-    system = System(family, size, num_steps, options, folder)
+    system = System(family, args.full_size, num_steps, options, folder)
     plain_autograd = not args.without_plain_autograd
     started = system.clock.now()
     system.round(plain_autograd)
@@ -539,7 +508,7 @@ def measure(family, args, options, folder) -> dict:
     trained = sum(p.numel() for p in system.generator.network.parameters() if p.requires_grad)
     return {
         "family": family,
-        "size": size,
+        "full_size": args.full_size,
         "options": options,
         "num_steps": num_steps,
         "num_gradient_steps": system.args.num_gradient_steps,

@@ -65,6 +65,9 @@ from transformers.initialization import no_init_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from architectures import DINOV2, NETWORKS, VAES  # noqa: E402
 
 from adt_utils import (  # noqa: E402
     DiffAugment,
@@ -369,23 +372,10 @@ def demo_model(args) -> Model:
     )
 
 
-def full_size_vae(**options):
-    """SD1.5's and SDXL's, which differ in their weights alone; `options` for SD3's."""
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-        **options,
-    )
-
-
 def full_size_features():
     """DINOv2 ViT-S/14 at 518."""
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     with no_init_weights():
-        return FeatureNetwork(Dinov2Model(config))
+        return FeatureNetwork(Dinov2Model(Dinov2Config(**DINOV2)))
 
 
 @contextlib.contextmanager
@@ -415,9 +405,7 @@ def add_lora(network, target_modules=("to_q", "to_k", "to_v", "to_out.0")):
 
 def sd15_model(args) -> Model:
     """Stable Diffusion 1.5 at 512x512; call it under a `FakeTensorMode`."""
-    unet = UNet2DConditionModel(
-        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280)
-    ).eval()
+    unet = UNet2DConditionModel(sample_size=64, **NETWORKS["sd15"]).eval()
     features = full_size_features()
     with no_init_weights():
         config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12)
@@ -427,7 +415,7 @@ def sd15_model(args) -> Model:
         title=f"Stable Diffusion 1.5 with DINOv2 ViT-S/14 at 518, {batch} images of 512x512, on fake tensors",
         network=unet,
         forward=sd_forward(unet),
-        vae=freeze(full_size_vae()),
+        vae=freeze(AutoencoderKL(**VAES["sd15"])),
         text_encoder=text_encoder,
         features=features,
         discriminator=freeze(SiameseDiscriminator(features.channels, len(features.layers))),
@@ -441,19 +429,7 @@ def sdxl_model(args, lora=False, half_vae=None) -> Model:
     """Stable Diffusion XL at 1024x1024; call it under a `FakeTensorMode`. Adapters' runs have the VAE in bfloat16."""
     half_vae = lora if half_vae is None else half_vae
     with default_dtype(torch.bfloat16 if lora else torch.float32):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            cross_attention_dim=2048,
-            attention_head_dim=(5, 10, 20),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ).eval()
+        unet = UNet2DConditionModel(sample_size=128, **NETWORKS["sdxl"]).eval()
     if lora:
         add_lora(unet)
 
@@ -471,7 +447,7 @@ def sdxl_model(args, lora=False, half_vae=None) -> Model:
         text_encoders = [CLIPTextModel(first), CLIPTextModelWithProjection(second)]
     batch = args.train_batch_size or (1 if lora else 2)
     with default_dtype(torch.bfloat16 if half_vae else torch.float32):
-        vae = full_size_vae()
+        vae = AutoencoderKL(**VAES["sdxl"])
     return Model(
         title=f"Stable Diffusion XL{', LoRA of rank 32, VAE in bfloat16,' if lora else ''} with DINOv2 ViT-S/14 at "
         f"518, {batch} image{'s' * (batch > 1)} of 1024x1024, on fake tensors",
@@ -490,13 +466,7 @@ def sdxl_model(args, lora=False, half_vae=None) -> Model:
 def sd3_model(args, lora=False) -> Model:
     """Stable Diffusion 3 medium at 1024x1024; call it under a `FakeTensorMode`. What solver it is does not matter."""
     with default_dtype(torch.bfloat16 if lora else torch.float32):
-        transformer = SD3Transformer2DModel(
-            sample_size=128,
-            num_layers=24,
-            num_attention_heads=24,
-            caption_projection_dim=1536,
-            pos_embed_max_size=192,
-        ).eval()
+        transformer = SD3Transformer2DModel(sample_size=128, **NETWORKS["sd3"]).eval()
     if lora:
         own = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
         text = [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
@@ -520,7 +490,7 @@ def sd3_model(args, lora=False) -> Model:
         f"image{'s' * (batch > 1)} of 1024x1024, on fake tensors",
         network=transformer,
         forward=forward,
-        vae=freeze(full_size_vae(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)),
+        vae=freeze(AutoencoderKL(**VAES["sd3"])),
         text_encoder=torch.nn.ModuleList(text_encoders),
         features=features,
         discriminator=freeze(SiameseDiscriminator(features.channels, len(features.layers))),

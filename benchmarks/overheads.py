@@ -11,15 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures what a run spends beside its networks: on data at its start, on casts in a rollout, on distances.
+"""Measures what a run spends beside its networks: on data at its start, on casts in a rollout, on distances; and what
+other ways to call them would save.
 
     python benchmarks/overheads.py                      # all of it, a few minutes on a CPU
     python benchmarks/overheads.py --only start casts
 
-`benchmarks/overheads.md` has its figures.
+`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed`.
 """
 
 import argparse
+import copy
+import statistics
 import sys
 import tempfile
 import time
@@ -37,6 +40,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from architectures import NETWORKS  # noqa: E402
+from memory import SavedTensors  # noqa: E402
 
 from adt_utils import simulate_inference  # noqa: E402
 from data_utils import (  # noqa: E402
@@ -166,7 +173,76 @@ def measure_distances(args):
     measure("distance, one resample", lambda: to_made(torch.randint(5000, (5000,), generator=generator)))
 
 
-MEASUREMENTS = {"start": measure_start, "order": measure_order, "casts": measure_casts, "distances": measure_distances}
+def compare(title, function, other):
+    """Prints by how much longer `other` takes, the median of three rounds in which both run."""
+
+    def seconds(function):
+        started = time.process_time()
+        function()
+        return time.process_time() - started
+
+    ratios = [seconds(other) / seconds(function) for _ in range(4)][1:]
+    print(f"{title}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
+
+
+def measure_speed(args):
+    """Of SD1.5's UNet at half of its width, on 16x16 latents in float32, and of AdamW."""
+    half = {"block_out_channels": (160, 320, 640, 640), "cross_attention_dim": 384}
+    network = UNet2DConditionModel(sample_size=16, **NETWORKS["sd15"] | half).eval()
+    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    embeddings = torch.randn(20, 77, 384)
+
+    def forward(network, rows):
+        return network(torch.randn(rows, 4, 16, 16), 500, encoder_hidden_states=embeddings[:rows]).sample
+
+    def forwards(network, rows, count=1):
+        with torch.no_grad():
+            for _ in range(count):
+                forward(network, rows)
+
+    compare("forward, channels-last / usual", lambda: forwards(network, 4), lambda: forwards(channels_last, 4))
+    compare(
+        "forward and backward, channels-last / usual",
+        lambda: forward(network, 4).sum().backward(),
+        lambda: forward(channels_last, 4).sum().backward(),
+    )
+    compare("one forward of 20 rows / five of 4", lambda: forwards(network, 4, 5), lambda: forwards(network, 20))
+
+    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
+    scheduler.set_timesteps(2)
+
+    def predict(sample, timestep, branches):
+        return network(sample, timestep, encoder_hidden_states=embeddings[: len(sample)]).sample
+
+    rollout = simulate_inference(predict, scheduler, torch.randn(2, 4, 16, 16), 0, 7.0, train_steps=[0])
+    vectors = [torch.randn_like(step.prediction) for step in rollout.train_steps]
+
+    def replay(together):
+        for run in rollout.replay(predict, vectors, together):
+            run().backward()
+
+    compare("replay, branches together / separate", lambda: replay(False), lambda: replay(True))
+    peaks = []
+    for together in (False, True):
+        with SavedTensors(network) as saved:
+            replay(together)
+        peaks.append(saved.peak)
+    print(f"activations that a pass saves, together / separate: {peaks[1] / peaks[0]:.2f}")
+
+    weights = [torch.nn.Parameter(torch.randn(1000, 1000)) for _ in range(20)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    steps = [torch.optim.AdamW(weights, fused=fused).step for fused in (False, True)]
+    compare("AdamW, one kernel / many", *steps)
+
+
+MEASUREMENTS = {
+    "start": measure_start,
+    "order": measure_order,
+    "casts": measure_casts,
+    "distances": measure_distances,
+    "speed": measure_speed,
+}
 
 
 def main():

@@ -80,6 +80,12 @@ def dinov2_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def clip_path(tmp_path_factory):
+    """A tiny CLIP with its tokenizer, saved."""
+    return tiny.make_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
 def resnet_path(tmp_path_factory):
     """A tiny ResNet with a classifier, saved as the published ones are."""
     return tiny.make_resnet(tmp_path_factory.mktemp("resnet"))

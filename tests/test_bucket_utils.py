@@ -225,6 +225,7 @@ def test_first_images_are_of_the_first_batches(bucketed):
     ("more", "message"),
     [
         (("--aspect_ratio_buckets", "16,16"), "--aspect_ratio_buckets needs --use_aspect_ratio_buckets."),
+        ((*BUCKETS, "--compile"), "--compile does not go with --use_aspect_ratio_buckets"),
         ((*BUCKETS[:2], "16x16"), "must be like 512,512;448,576, not 16x16: Invalid bucket format"),
         ((*BUCKETS[:2], "16,16;16,16"), "names a size twice: 16,16;16,16"),
     ],
@@ -239,7 +240,7 @@ def test_sizes_that_the_models_do_not_take(bucketed, family, no_weights):
     with pytest.raises(ADTError, match="--aspect_ratio_buckets 17 is not divisible by"):
         family.train.main(family.train.parse_args(bucketed("--aspect_ratio_buckets", "16,16;17,16")))
     if family.name == "sd3":
-        with pytest.raises(ADTError, match="36 is too large: .* has positions for 32 pixels a side"):
+        with pytest.raises(ADTError, match="36 pixels a side are too many: .* has positions for 32"):
             family.train.main(family.train.parse_args(bucketed("--aspect_ratio_buckets", "16,16;36,16")))
 
 

@@ -115,6 +115,7 @@ def test_a_results_options_make_it_again(run, base_path, dataset_path, dinov2_pa
     text = (output / CONFIG).read_text()
     assert "hf_" not in text and str(tmp_path) not in text and "/" not in text
     missing = text.splitlines()[0]
+    assert "by 1 process." in missing and yaml.safe_load(text)["mixed_precision"] == "no"  # which nothing has typed
     places = ("pretrained_model_name_or_path", "train_data_dir", "discriminator_model_name_or_path")
     for name in (*places, "output_dir", "hub_token"):
         assert f"--{name}" in missing and name not in yaml.safe_load(text)

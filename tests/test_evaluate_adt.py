@@ -21,7 +21,7 @@ from helpers import run_two_processes
 from PIL import Image, ImageFilter
 from prdc import compute_prdc
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel
 
 import evaluate_adt as evaluation
 import evaluate_metrics as metrics
@@ -29,25 +29,6 @@ import evaluate_pipelines as pipelines
 import evaluate_report
 from related import train_add
 from related.train_add import student_schedule
-
-
-@pytest.fixture(scope="session")
-def clip_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip")
-    tokenizer = tiny.make_tokenizer()
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
-    )
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
-    CLIPModel(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,8 @@
 """The demo's worlds, and what `make reproduce` makes of numbers; the runs themselves take hours."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +12,8 @@ import pytest
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "demo"))
 
 import reproduce
 from reproduce import EQUAL_COMPUTE, FOLLOWED, METHODS
@@ -168,3 +172,17 @@ def test_report(tmp_path, capsys):
     assert "| glow | ADT | 2 | 0.60 | 0.60 | reached | -10.0 points | 0.0 | missed |" in text
     assert text.index("## lines") < text.index("## glow")  # the worlds' own order
     assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_variants_are_of_the_script_as_it_stands(tmp_path):
+    shutil.copy(ROOT / "train_adt_sd15.py", tmp_path)
+    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}  # where git would skip other files
+    subprocess.run(
+        ["git", "apply", str(ROOT / "benchmarks" / "variants.patch")], cwd=tmp_path, check=True, env=outside
+    )
+    text = (tmp_path / "train_adt_sd15.py").read_text()
+    compile(text, "train_adt_sd15.py", "exec")
+    variants = ("reals and fakes", "two negatives", "less late", "floor")
+    assert all(f'"{name}"' in text for name in variants)
+    page = (ROOT / "benchmarks" / "prompts.md").read_text()
+    assert 'VARIANT="reals and fakes"' in page and all(f"`{name}`" in page for name in variants[1:])

@@ -243,14 +243,27 @@ def test_other_decoders_are_refused(run, train, options, base_path, tmp_path, no
 # The benchmark
 
 
+@pytest.mark.parametrize(
+    "family, parameters", [("sd15", 859_520_964), ("sdxl", 2_567_463_684), ("sd3", 2_028_328_000)]
+)
+def test_full_size_is_the_published_one(family, parameters):
+    network, vae, _, resolution, shapes = bench_iteration.architecture(family, full_size=True)
+    with torch.device("meta"):
+        network = bench_iteration.MODULES[family].FAMILY.network_class(sample_size=resolution // 8, **network)
+        vae = AutoencoderKL(**vae)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert vae.config.latent_channels == network.config.in_channels
+    width = network.config.get("cross_attention_dim") or network.config.joint_attention_dim
+    assert shapes["prompt_embeds"][1] == width
+
+
 def test_benchmark(tmp_path, monkeypatch, capsys):
-    unet = {"cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 4, "layers_per_block": 1}
-    vae = {"norm_num_groups": 4, "layers_per_block": 1}
-    channels = {"block_out_channels": (8,) * 4}
-    sizes = {"sd15": (unet | channels, vae | channels, 64, {"prompt_embeds": (3, 8)})}
+    tiniest = {"norm_num_groups": 4, "layers_per_block": 1, "block_out_channels": (8,) * 4}
+    unet = tiniest | {"cross_attention_dim": 8, "attention_head_dim": 2}
+    monkeypatch.setitem(bench_iteration.SMALL, "sd15", (unet, 64, {"prompt_embeds": (3, 8)}))
+    monkeypatch.setattr(bench_iteration, "SMALL_VAE", tiniest)
     dinov2 = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    monkeypatch.setitem(bench_iteration.SIZES, "small", sizes)
-    monkeypatch.setitem(bench_iteration.DINOV2, "small", (dinov2, 28))
+    monkeypatch.setattr(bench_iteration, "SMALL_DINOV2", dinov2)
     file = tmp_path / "samples.json"
     bench_iteration.main([
         "--family", "sd15", "--rounds", "2", "--num_steps", "3", "--json", str(file), "--num_gradient_steps", "2",

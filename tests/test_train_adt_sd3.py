@@ -350,7 +350,7 @@ def test_bad_options(options, capsys, more, sentence):
     ("more", "sentence"),
     [
         (("--resolution", 18), "18 is not divisible by 4, the VAE's factor times"),
-        (("--resolution", 64), "64 is too large: .* has positions for 32 pixels"),
+        (("--resolution", 64), "64 pixels a side are too many: .* has positions for 32"),
         (("--num_inference_steps", 1001), "1001 is too many for a schedule of 1000"),
         (("--pretrained_vae_model_name_or_path", "nowhere"), "nowhere is not a readable VAE"),
     ],

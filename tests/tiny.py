@@ -20,10 +20,13 @@ from diffusers import (
 )
 from PIL import Image
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
     Dinov2Config,
     Dinov2Model,
     ResNetConfig,
@@ -254,6 +257,23 @@ def make_sd3(directory, t5=True, scheduler_overrides=None, **transformer_options
     pipeline.vae.eval()
     pipeline.save_pretrained(directory, safe_serialization=True)
     return str(directory)
+
+
+def make_clip(path):
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=12, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)
+    CLIPModel(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
 
 
 def make_dinov2(directory=None):
