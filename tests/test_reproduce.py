@@ -15,10 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 
-import reproduce
-from reproduce import EQUAL_COMPUTE, FOLLOWED, METHODS
-from shapes import ATTRIBUTES
-from worlds import CORRELATED_SHARE, WORLDS, draw
+import reproduce  # noqa: E402
+from reproduce import EQUAL_COMPUTE, FOLLOWED, METHODS  # noqa: E402
+from shapes import ATTRIBUTES  # noqa: E402
+from worlds import CORRELATED_SHARE, WORLDS, draw  # noqa: E402
 
 
 # Worlds
