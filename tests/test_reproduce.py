@@ -182,7 +182,7 @@ def test_variants_are_of_the_script_as_it_stands(tmp_path):
     )
     text = (tmp_path / "train_adt_sd15.py").read_text()
     compile(text, "train_adt_sd15.py", "exec")
-    variants = ("reals and fakes", "two negatives", "less late", "floor")
+    variants = ("reals and fakes", "two negatives", "less late", "floor", "relativistic", "approximated R1 and R2")
     assert all(f'"{name}"' in text for name in variants)
     page = (ROOT / "benchmarks" / "prompts.md").read_text()
     assert 'VARIANT="reals and fakes"' in page and all(f"`{name}`" in page for name in variants[1:])
