@@ -120,10 +120,16 @@ def identify_run(args, schedule, dataset, accelerator) -> dict:
 
 
 def sampler_schedule(sampler) -> dict:
-    """{"sigmas": list} of a flow-matching sampler after `set_timesteps`, the last one 0; else {"timesteps": list}."""
+    """What a sampler's noise levels are after `set_timesteps`, and by which class.
+
+    Returns:
+        {"scheduler": class's name, "timesteps": list}; with flow matching "sigmas" in place of these, the last one 0.
+    """
     if "shift" in sampler.config or sampler.config.get("use_flow_sigmas", False):
-        return {"sigmas": sampler.sigmas.tolist()}
-    return {"timesteps": sampler.timesteps.tolist()}
+        levels = {"sigmas": sampler.sigmas.tolist()}
+    else:
+        levels = {"timesteps": sampler.timesteps.tolist()}
+    return {"scheduler": type(sampler).__name__} | levels
 
 
 def identify_model(path) -> str:
@@ -195,7 +201,7 @@ def check_identity(path, before, now, args):
                 names = [name for name in ("captions", "names", "sizes") if of_data[name] != data[name]]
                 what = "other captions" if names == ["captions"] else "image files of other names or sizes"
             raise ADTError(f"The checkpoint {path} was made with other data: {what}.")
-    for name in before["schedule"].keys() | now["schedule"].keys():
+    for name in ("sigmas", "timesteps"):
         old, new = (np.array(found["schedule"].get(name, [])) for found in (before, now))
         if old.shape != new.shape or not np.allclose(old, new, rtol=1e-4, atol=1e-6):
             raise ADTError(

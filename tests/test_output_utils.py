@@ -257,7 +257,7 @@ def test_other_noise_levels_are_refused(run, request):
     request.getfixturevalue("no_weights")  # from here on
     file = output / "checkpoint-4" / "adt_checkpoint.json"
     manifest = json.loads(file.read_text())
-    assert manifest["schedule"] == {"timesteps": [751, 501, 251, 1]}
+    assert manifest["schedule"] == {"scheduler": "DDIMScheduler", "timesteps": [751, 501, 251, 1]}
     file.write_text(json.dumps(manifest | {"schedule": {"timesteps": [999, 501, 251, 1]}}))
     with pytest.raises(ADTError, match=r"timesteps began with 999, 501, 251 \(now 751, 501, 251\)"):
         run("--resume_from_checkpoint", "latest")
