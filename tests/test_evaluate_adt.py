@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -540,7 +541,8 @@ def test_killed_evaluation_keeps_its_images(run, options, tmp_path, sd15_path):
 def test_two_processes_give_the_same_report(run, options, tmp_path):
     one = run("--batch_size", 3, "--vae_floor")
     shutil.move(tmp_path / "report", tmp_path / "one")
-    run_two_processes(evaluation.__file__, *options("--batch_size", 3, "--vae_floor"))
+    printed = run_two_processes(evaluation.__file__, *options("--batch_size", 3, "--vae_floor"))
+    assert re.search(r"Measuring: 100%.*\| 2/2 \[", printed)  # one's share of two runs and two floors
     two = json.loads((tmp_path / "report" / "report.json").read_text())
     for file in (tmp_path / "one" / "images").rglob("0*.png"):
         assert file.read_bytes() == (tmp_path / "report" / file.relative_to(tmp_path / "one")).read_bytes()
