@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,15 +112,15 @@ def measure_loading(args):
     """What the process that trains waits for images, while a device that needs no CPU computes."""
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, 24)
-        for num_workers in (0, 4):
-            options = parse_training_args([
-                "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
-                "--train_batch_size", "2", "--max_train_steps", "12", "--cache_dir", str(Path(folder, "cache")),
-                "--dataloader_num_workers", str(num_workers),
-            ])  # fmt: skip
+        options = parse_training_args([
+            "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
+            "--train_batch_size", "2", "--max_train_steps", "12", "--cache_dir", str(Path(folder, "cache")),
+        ])  # fmt: skip
+        dataset, accelerator = load_image_caption_dataset(options), Accelerator(cpu=True)
+        for num_workers in (0, options.dataloader_num_workers):
             run = argparse.Namespace(
-                args=options, accelerator=Accelerator(cpu=True), first_iteration=0,
-                dataset=load_image_caption_dataset(options),
+                args=options.replace(dataloader_num_workers=num_workers), dataset=dataset, accelerator=accelerator,
+                first_iteration=0,
             )  # fmt: skip
             loader, waits = iter(make_dataloader(run)), []
             for _ in range(12):
@@ -280,6 +281,7 @@ def main():
     args = parse_args()
     torch.set_num_threads(1)
     for name in args.only:
+        AcceleratorState._reset_state(True)  # of the measurement before, which may have been in another precision
         MEASUREMENTS[name](args)
 
 
