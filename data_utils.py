@@ -650,8 +650,7 @@ def check_used_images(dataset, first_iteration, args, accelerator):
     """Checks the images that a run will use as far as `--check_images` says; warns of empty captions.
 
     Of a stream the first rows alone are looked at. That images exist is looked up in any case, by the main process.
-    Decoding is shared out over the processes. A check
-    of all images that found nothing is remembered in the datasets' cache.
+    Decoding is shared out over the processes. What a check of all images found is remembered in the datasets' cache.
 
     Raises:
         ADTError: on every process, naming an image; with `--skip_bad_images` there is a warning instead.
@@ -671,18 +670,33 @@ def check_used_images(dataset, first_iteration, args, accelerator):
     bad_images, fingerprint = broadcast_object_list([bad_images, fingerprint])
     report_bad_images(bad_images, len(used), args)
 
-    remembered = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "checked_images", fingerprint)
-    to_decode = used
-    if args.check_images == "sample":
+    if args.check_images == "all":
+        file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "checked_images", fingerprint)
+        report_bad_images(check_all_images(file, dataset, used, args, accelerator), len(used), args)
+    elif args.check_images == "sample":
         generator = make_generator(args.seed, "check", first_iteration)
         to_decode = used[torch.randperm(len(used), generator=generator)[:SAMPLE_SIZE]]
-    elif args.check_images == "none" or broadcast_object_list([remembered.exists()])[0]:
-        to_decode = used[:0]
-    bad_images = find_bad_images(dataset, to_decode, args, accelerator)
-    report_bad_images(bad_images, len(to_decode), args)
-    if args.check_images == "all" and not bad_images and accelerator.is_main_process:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        remembered.touch()
+        report_bad_images(find_bad_images(dataset, to_decode, args, accelerator), len(to_decode), args)
+
+
+def check_all_images(file, dataset, indices, args, accelerator) -> list[str]:
+    """`find_bad_images` of all, or what it found before: `file` has a line for each of them.
+
+    What ended at the first bad image is not remembered.
+    """
+    bad_images = None
+    if accelerator.is_main_process and file.is_file():
+        bad_images = [json.loads(line) for line in file.read_text().splitlines()]
+    bad_images = broadcast_object_list([bad_images])[0]
+    if bad_images is not None:
+        return bad_images
+    bad_images = find_bad_images(dataset, indices, args, accelerator)
+    if accelerator.is_main_process and (args.skip_bad_images or not bad_images):
+        partial = file.with_name(f".{file.name}-partial")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(f"{json.dumps(sentence)}\n" for sentence in bad_images))
+        partial.rename(file)
+    return bad_images
 
 
 def check_first_rows(stream, args, accelerator):
@@ -889,12 +903,13 @@ class EmbeddingCache:
         encode: (B captions) to a dict of (B, ...) tensors.
         fingerprint: of the encoders, see `fingerprint_text_encoders`.
         like: what `encode` gives for one caption: the shapes and precisions.
+        reserved: bytes of the same disk that the run will take for other things.
 
     Raises:
         ADTError: if a file is damaged, or not seen by all processes, or there is too little space for what is missing.
     """
 
-    def __init__(self, directory, captions, encode, fingerprint, like, accelerator):
+    def __init__(self, directory, captions, encode, fingerprint, like, accelerator, reserved=0):
         self.directory, self.fingerprint, self.like = Path(directory), fingerprint[:16], like
         self.directory.mkdir(parents=True, exist_ok=True)
         self.open_files()
@@ -902,10 +917,11 @@ class EmbeddingCache:
         needed = len(missing) * sum(value.nbytes for value in like.values())
         free = shutil.disk_usage(self.directory).free
         # It waits for all, too: else some would see what others have made already.
-        if not all(gather_object([needed <= free])):
+        if not all(gather_object([not missing or needed + reserved <= free])):
+            more = f"checkpoints and the result {reserved / 1e9:.1f} GB of the same disk, " if reserved else ""
             raise ADTError(
-                f"--cache_text_embeddings {directory} needs {needed / 1e9:.1f} GB for {len(missing)} captions, and "
-                f"{free / 1e9:.1f} GB are free."
+                f"--cache_text_embeddings {directory} needs {needed / 1e9:.1f} GB for {len(missing)} captions, {more}"
+                f"and {free / 1e9:.1f} GB are free."
             )
         parts = [missing[first : first + CAPTIONS_PER_FILE] for first in range(0, len(missing), CAPTIONS_PER_FILE)]
         own = parts[accelerator.process_index :: accelerator.num_processes]

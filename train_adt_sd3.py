@@ -83,6 +83,7 @@ from data_utils import (
     make_generator,
     normalize_pixels,
 )
+from disk_utils import bytes_to_come
 from option_utils import (
     Nature,
     add_arguments,
@@ -396,12 +397,18 @@ class PromptEncoder:
         with self.on_device:
             return concatenate([self.encode([prompt]) for prompt in prompts])
 
-    def use_cache(self, directory, captions, accelerator):
-        """Takes the captions' embeddings from a folder, where they are put first, and frees the text encoders."""
+    def use_cache(self, directory, captions, accelerator, reserved=0):
+        """Takes the captions' embeddings from a folder, where they are put first, and frees the text encoders.
+
+        Args:
+            reserved: bytes of the folder's disk that the run will take for other things.
+        """
         fingerprint = fingerprint_text_encoders(
             self.tokenizers, self.text_encoders, self.max_sequence_length, self.joint_attention_dim
         )
-        self.cache = EmbeddingCache(directory, captions, self.encode, fingerprint, self.negative, accelerator)
+        self.cache = EmbeddingCache(
+            directory, captions, self.encode, fingerprint, self.negative, accelerator, reserved
+        )
         self.tokenizers = self.text_encoders = None
         self.on_device = OnDevice([], self.device)
         free_memory()
@@ -787,7 +794,8 @@ def tune(sampler, noise_scheduler, run):
     with prompt_encoder.on_device:
         validation_conditions = [prompt_encoder([prompt]) for prompt in args.validation_prompts or []]
     if args.cache_text_embeddings is not None:
-        prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
+        captions, reserved = list_captions(run.dataset, args), bytes_to_come(args.cache_text_embeddings, run)
+        prompt_encoder.use_cache(args.cache_text_embeddings, captions, accelerator, reserved)
     vae, decoder = load_frozen_vae(args, accelerator), load_decoder(args, accelerator)
     models = FrozenModels(vae, prompt_encoder, sampler, noise_scheduler, decoder)
     generator = prepare_generator(load_network(args, accelerator), run)

@@ -578,15 +578,7 @@ def prepare_network(network, args, accelerator):
         else:
             network.type(weight_dtype(accelerator)).to(accelerator.device)
         torch.manual_seed(args.seed)  # the adapters' first weights, the same on every process
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=args.lora_layers,
-            use_dora=args.use_dora,
-        )
-        network.add_adapter(config)
+        add_adapters(network, args)
         cast_training_params(network)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -596,6 +588,18 @@ def prepare_network(network, args, accelerator):
     if args.compile:
         compile_blocks(network)
     return network
+
+
+def add_adapters(network, args):
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=args.lora_layers,
+        use_dora=args.use_dora,
+    )
+    network.add_adapter(config)
 
 
 # A micro-batch
@@ -806,10 +810,7 @@ def prepare_generator(network, run) -> Trained:
         parts = own_parts(trainable_parameters(network))
         ema = EMAModel(parts, decay=args.ema_decay, foreach=args.foreach_ema)
         ema.to("cpu" if args.offload_ema else run.accelerator.device)
-    if args.optimizer == "adamw":
-        optimizer = make_optimizer(torch.optim.AdamW, network, args.learning_rate, args)
-    else:
-        optimizer = make_library_optimizer(trainable_parameters(network), args)
+    optimizer = make_generator_optimizer(network, args)
     lr_scheduler = make_lr_scheduler(optimizer, args.lr_warmup_steps, run.num_generator_updates, args)
     generator = prepare_trained("generator", network, optimizer, lr_scheduler, run, ema)
     if args.fused_backward_pass:
@@ -829,6 +830,12 @@ def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Tr
         wrapped, optimizer = run.accelerator.prepare(network, optimizer)
     run.accelerator.register_for_checkpointing(lr_scheduler)
     return Trained(name, network, wrapped, optimizer, lr_scheduler, run, ema)
+
+
+def make_generator_optimizer(network, args):
+    if args.optimizer == "adamw":
+        return make_optimizer(torch.optim.AdamW, network, args.learning_rate, args)
+    return make_library_optimizer(trainable_parameters(network), args)
 
 
 def make_optimizer(optimizer_class, network, learning_rate, args):

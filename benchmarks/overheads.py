@@ -33,6 +33,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +52,7 @@ from data_utils import (  # noqa: E402
     check_used_images,
     identify_data,
     load_image_caption_dataset,
+    make_dataloader,
 )
 from evaluate_metrics import FrechetDistance  # noqa: E402
 from train_adt_sd15 import parse_args as parse_training_args  # noqa: E402
@@ -79,12 +81,7 @@ def measure_start(args):
     """What a start looks up and decodes of images on disk."""
     accelerator = Accelerator(cpu=True)
     with tempfile.TemporaryDirectory() as folder:
-        noise = np.random.default_rng(0).integers(0, 160, (1024, 1024, 3), dtype=np.uint8)
-        rows = []
-        for n in range(args.num_files):
-            Image.fromarray(np.roll(noise, n, axis=0)).save(Path(folder, f"{n:06d}.png"))
-            rows.append(f'{{"file_name": "{n:06d}.png", "text": "a made up picture {n}"}}')
-        Path(folder, "metadata.jsonl").write_text("\n".join(rows))
+        write_images(folder, args.num_files)
         options = {
             kind: parse_training_args([
                 "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
@@ -109,6 +106,40 @@ def measure_start(args):
             lambda: check_used_images(rows, 0, options["sample"], accelerator),
         )
         measure(f"recognising {args.num_rows} rows", lambda: identify_data(rows, options["sample"]))
+
+
+def measure_loading(args):
+    """What the process that trains waits for images, while a device that needs no CPU computes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder, 24)
+        options = parse_training_args([
+            "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
+            "--train_batch_size", "2", "--max_train_steps", "12", "--cache_dir", str(Path(folder, "cache")),
+        ])  # fmt: skip
+        dataset, accelerator = load_image_caption_dataset(options), Accelerator(cpu=True)
+        for num_workers in (0, options.dataloader_num_workers):
+            run = argparse.Namespace(
+                args=options.replace(dataloader_num_workers=num_workers), dataset=dataset, accelerator=accelerator,
+                first_iteration=0,
+            )  # fmt: skip
+            loader, waits = iter(make_dataloader(run)), []
+            for _ in range(12):
+                started = time.perf_counter()
+                next(loader)
+                waits.append(1e3 * (time.perf_counter() - started) / 2)
+                time.sleep(1)
+            usual, least, most = statistics.median(waits[2:]), min(waits[2:]), max(waits[2:])
+            print(f"{num_workers} workers: {usual:.1f} ms an image ({least:.1f} to {most:.1f}) waited for", flush=True)
+
+
+def write_images(folder, count):
+    """Pictures of 1024x1024, with captions."""
+    noise = np.random.default_rng(0).integers(0, 160, (1024, 1024, 3), dtype=np.uint8)
+    rows = []
+    for n in range(count):
+        Image.fromarray(np.roll(noise, n, axis=0)).save(Path(folder, f"{n:06d}.png"))
+        rows.append(f'{{"file_name": "{n:06d}.png", "text": "a made up picture {n}"}}')
+    Path(folder, "metadata.jsonl").write_text("\n".join(rows))
 
 
 def measure_order(args):
@@ -238,6 +269,7 @@ def measure_speed(args):
 
 MEASUREMENTS = {
     "start": measure_start,
+    "loading": measure_loading,
     "order": measure_order,
     "casts": measure_casts,
     "distances": measure_distances,
@@ -249,6 +281,7 @@ def main():
     args = parse_args()
     torch.set_num_threads(1)
     for name in args.only:
+        AcceleratorState._reset_state(True)  # of the measurement before, which may have been in another precision
         MEASUREMENTS[name](args)
 
 

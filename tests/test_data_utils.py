@@ -168,7 +168,7 @@ def test_every_image_that_a_resumed_run_uses_is_checked(options, check, decoded,
     assert used <= set(decoded)
 
 
-def test_check_images(check, decoded, dataset_path, tmp_path, monkeypatch):
+def test_check_images(check, decoded, dataset_path, tmp_path, monkeypatch, caplog):
     """A sample of another seed or start is another; all are decoded once, and again when a file is another."""
     monkeypatch.setattr(data_utils, "SAMPLE_SIZE", 3)
     more = ("--train_data_dir", copy_data(dataset_path, tmp_path / "data"), "--cache_dir", tmp_path / "cache")
@@ -187,9 +187,20 @@ def test_check_images(check, decoded, dataset_path, tmp_path, monkeypatch):
     os.utime(tmp_path / "data" / "005.png", (1, 1))
     assert decode("--check_images", "all") == list(range(8))
     copy_data(dataset_path, tmp_path / "other", [2])
+    bad = ("--check_images", "all", "--train_data_dir", tmp_path / "other")
     for _ in range(2):  # what is bad is not remembered as checked
         with pytest.raises(ADTError, match="image 2 .* does not decode"):
-            decode("--check_images", "all", "--train_data_dir", tmp_path / "other")
+            decode(*bad)
+    for expected in (list(range(8)), []):  # where it is skipped, what is bad is remembered as that
+        caplog.clear()
+        assert decode(*bad, "--skip_bad_images") == expected
+        assert "1 of 8 images are bad, and each time the next one stands in: The image 2 of" in caplog.text
+    decoded.clear()
+    with pytest.raises(ADTError, match="image 2 .* does not decode"):
+        check(*more, *bad)
+    assert decoded == []
+    shutil.copy(Path(dataset_path, "002.png"), tmp_path / "other")
+    assert decode(*bad) == list(range(8)) and decode(*bad) == []
 
 
 def test_missing_images_are_named_before_any_is_decoded(options, decoded, dataset_path, tmp_path, caplog):
@@ -344,6 +355,19 @@ def test_loader_pins_memory_for_cuda(loading):
     accelerator = types.SimpleNamespace(device=torch.device("cuda", 0), num_processes=1, process_index=0)
     loader = make_dataloader(loading("--dataloader_num_workers", 2, accelerator=accelerator))
     assert (loader.pin_memory, loader.num_workers) == (True, 2)
+
+
+def test_images_are_copied_without_waiting(run, monkeypatch):
+    copies, original = [], torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        if self.dtype == torch.uint8 and self.ndim == 4:
+            copies.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    run("--max_train_steps", 1, "--gradient_accumulation_steps", 2, "--adversarial_loss_weight", 0)
+    assert copies == [{"non_blocking": True}] * 2
 
 
 def test_workers_leave_signals_to_the_process_that_trains(loading):

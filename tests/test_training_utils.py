@@ -467,6 +467,7 @@ UTILS = (
     "streaming_utils",
     "data_utils",
     "adversary_utils",
+    "disk_utils",
     "output_utils",
 )  # each may import those before it
 
