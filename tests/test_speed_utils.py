@@ -4,11 +4,12 @@ import copy
 import json
 import re
 
+import bench_processes
 import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_result, read_scalars, relative
+from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_result, read_scalars, relative, run_two_processes
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Dinov2Config, Dinov2Model
@@ -257,18 +258,9 @@ def test_full_size_is_the_published_one(family, parameters):
     assert shapes["prompt_embeds"][1] == width
 
 
-def test_benchmark(tmp_path, monkeypatch, capsys):
-    tiniest = {"norm_num_groups": 4, "layers_per_block": 1, "block_out_channels": (8,) * 4}
-    unet = tiniest | {"cross_attention_dim": 8, "attention_head_dim": 2}
-    monkeypatch.setitem(bench_iteration.SMALL, "sd15", (unet, 64, {"prompt_embeds": (3, 8)}))
-    monkeypatch.setattr(bench_iteration, "SMALL_VAE", tiniest)
-    dinov2 = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
-    monkeypatch.setattr(bench_iteration, "SMALL_DINOV2", dinov2)
+def test_benchmark(tmp_path, capsys):
     file = tmp_path / "samples.json"
-    bench_iteration.main([
-        "--family", "sd15", "--rounds", "2", "--num_steps", "3", "--json", str(file), "--num_gradient_steps", "2",
-        "--discriminator_layers", "0",
-    ])  # fmt: skip
+    bench_processes.run("--rounds", "2", "--json", str(file))
     printed, result = capsys.readouterr().out, json.loads(file.read_text())
     discriminator, generator = result["calls"]
     assert discriminator["network, gradient False"] == generator["network, gradient False"] == 2 * 3
@@ -280,3 +272,31 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
         assert [sum(values) for values in zip(*parts)] == pytest.approx(result["seconds"][iteration])
     for name in bench_iteration.RATIOS:
         assert len(result["ratios"][name]) == 2 and f"| {name} | " in printed
+
+
+def test_benchmark_of_compiled_networks(tmp_path, capsys, compiler, monkeypatch):
+    """Eager and compiled columns of one run; what is compiled is never called in the eager one."""
+    graphs, train = [], bench_iteration.System.train
+    monkeypatch.setattr(speed_utils, "COMPILE_BACKEND", "eager")
+    counted = lambda system: graphs.append(counters["stats"]["unique_graphs"]) or train(system)  # noqa: E731
+    monkeypatch.setattr(bench_iteration.System, "train", counted)
+    file = tmp_path / "samples.json"
+    bench_processes.run("--rounds", "1", "--json", str(file), "--compile", "--without_plain_autograd")
+    eager, compiled = map(json.loads, file.read_text().splitlines())
+    assert graphs[1] == graphs[0] < graphs[2] == graphs[3]  # eager, compiled, eager, compiled
+    assert eager["compiled_graphs"] == 0 < compiled["compiled_graphs"] and compiled["recompiled"] == 0
+    assert eager["calls"] == compiled["calls"] and "--compile" in compiled["options"]
+    printed = capsys.readouterr().out
+    for name in bench_iteration.COMPILED:
+        assert len(compiled["ratios"][f"{name} / eager"]) == 1 and f"| {name} / eager |  | " in printed
+
+
+@pytest.mark.long
+def test_benchmark_of_a_sharded_network(tmp_path):
+    file = tmp_path / "samples.json"
+    printed = run_two_processes(bench_processes.__file__, "--shard", "--rounds", "1", "--json", file)
+    assert "2 processes" in printed and printed.count("| generator iteration: gather |") == 1
+    (result,) = map(json.loads, file.read_text().splitlines())
+    for iteration in ("discriminator iteration", "generator iteration"):
+        assert result["seconds"][f"{iteration}: gather"][0] > 0
+    assert "plain autograd, K graphs" not in result["seconds"]
