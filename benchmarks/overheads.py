@@ -17,11 +17,12 @@ other ways to call them would save.
     python benchmarks/overheads.py                      # all of it, a few minutes on a CPU
     python benchmarks/overheads.py --only start casts
 
-`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed`.
+`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed` and `dinov2`.
 """
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import tempfile
@@ -36,13 +37,14 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, Dinov2Model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from architectures import NETWORKS  # noqa: E402
+from architectures import DINOV2, NETWORKS  # noqa: E402
 from memory import SavedTensors  # noqa: E402
 
 from adt_utils import simulate_inference  # noqa: E402
@@ -53,6 +55,7 @@ from data_utils import (  # noqa: E402
     load_image_caption_dataset,
 )
 from evaluate_metrics import FrechetDistance  # noqa: E402
+from speed_utils import compile_layers, compile_options  # noqa: E402
 from train_adt_sd15 import parse_args as parse_training_args  # noqa: E402
 
 
@@ -236,12 +239,48 @@ def measure_speed(args):
     compare("AdamW, one kernel / many", *steps)
 
 
+def measure_dinov2(args):
+    """DINOv2 at half of its width on 112x112 images, in float32, compiled by layer and whole.
+
+    Whole is a loop of its own over the layers: what the library collects hidden states by, a lock and hooks, is not
+    traced, and its own forward would fall into parts.
+    """
+    config = Dinov2Config(**DINOV2 | {"hidden_size": 192, "num_attention_heads": 3, "image_size": 112})
+    by_layer = Dinov2Model(config).eval().requires_grad_(False)
+    whole = copy.deepcopy(by_layer)
+    compile_layers(by_layer)
+    images = torch.randn(2, 3, 112, 112, requires_grad=True)
+
+    def collect(images):
+        states = [whole.embeddings(images)]
+        for layer in whole.encoder.layer:
+            states.append(layer(states[-1]))
+        return states
+
+    collect = torch.compile(collect, fullgraph=True, **compile_options())
+
+    def gradient(forward):
+        return torch.autograd.grad(sum(state.square().mean() for state in forward(images)), images)[0]
+
+    def layers():
+        return gradient(lambda images: by_layer(images, output_hidden_states=True).hidden_states)
+
+    found = []
+    for title, function in (("by layer", layers), ("whole", lambda: gradient(collect))):
+        started = sum(os.times()[:4])  # with a C++ compiler's
+        found.append(function())
+        print(f"DINOv2 {title}: {sum(os.times()[:4]) - started:.0f} CPU s at first", flush=True)
+    print(f"difference of the gradients: {(found[1] - found[0]).norm() / found[0].norm():.1e}")
+    compare("DINOv2 forward and backward, whole / by layer", layers, lambda: gradient(collect))
+
+
 MEASUREMENTS = {
     "start": measure_start,
     "order": measure_order,
     "casts": measure_casts,
     "distances": measure_distances,
     "speed": measure_speed,
+    "dinov2": measure_dinov2,
 }
 
 

@@ -89,6 +89,7 @@ def test_methods_change_what_they_say(tmp_path):
     assert changes("ADT, recipe, pair weight 3", "ADT, recipe") == {"mismatched_pair_weight"}
     assert changes("ADT, recipe, gradient ratio 0.3", "ADT, recipe") == {"adversarial_gradient_ratio"}
     assert changes("ADT, recipe, reconstructed", "ADT, recipe") == {"real_images"}
+    assert changes("ADT, recipe, tiny decoder", "ADT, recipe") == set()  # its path is filled in
     assert changes(EQUAL_COMPUTE, "fine-tuning") == set()
     assert changes("fine-tuning at ADT's rate", "fine-tuning") == {"learning_rate", "lr_warmup_steps"}
     assert not {"learning_rate", "lr_warmup_steps"} & changes("fine-tuning at ADT's rate")

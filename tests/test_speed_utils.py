@@ -5,10 +5,11 @@ import json
 import re
 
 import bench_processes
+import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_result, read_scalars, relative, run_two_processes
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,6 +93,36 @@ def test_compiler_gives_the_gradients_of_eager(compiler, monkeypatch):
     for found, expected in zip(compute(unet, vae, features), eager, strict=True):
         assert relative(found, expected) < 1e-5
     assert counters["stats"]["unique_graphs"] > 3  # with what `check_compiler` compiled
+
+
+@pytest.mark.long
+@SD15
+def test_run_with_the_cpus_compiler(run, compiler, monkeypatch, tmp_path):
+    """A whole run of compiled kernels: the eager one but for rounding, and nothing is compiled after the warm-up."""
+    try:
+        speed_utils.check_compiler(torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    graphs, log = [], Progress.log
+    monkeypatch.setattr(Progress, "log", lambda *args: graphs.append(counters["stats"]["unique_graphs"]) or log(*args))
+    # With so large an epsilon an update is proportional to the gradient, and rounding has no direction of its own.
+    more = ("--max_train_steps", 6, "--adam_epsilon", 1e-3, "--validation_prompts", "a red disc")
+    more += ("--num_validation_images", 1, "--validation_steps", 2)
+    plain = run(*more, output_dir="plain")
+    first = counters["stats"]["unique_graphs"]
+    compiled = run(*more, "--compile", output_dir="compiled")
+    # Generator updates are in every second iteration, and validations behind them.
+    assert graphs[7] > graphs[6] > first and graphs[7:] == [graphs[7]] * 5
+    assert counters["stats"]["unique_graphs"] == graphs[7]
+    eager, found = (read_result(output, "unet") for output in (plain, compiled))
+    assert all(torch.allclose(found[name], eager[name], atol=1e-5) for name in eager)
+    scalars, expected = read_scalars(compiled), read_scalars(plain)
+    for name in ("generator_loss", "diffusion_loss", "discriminator_loss"):
+        assert scalars[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    pipeline = DiffusionPipeline.from_pretrained(compiled)
+    pipeline.set_progress_bar_config(disable=True)
+    assert np.isfinite(pipeline("a red disc", num_inference_steps=2, output_type="np").images).all()
 
 
 @SD15
