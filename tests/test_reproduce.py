@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +67,19 @@ def test_features_are_the_evaluators_standardised(tmp_path, evaluator):
     features = evaluator(images / 255)
     assert torch.allclose(found, features / features.std(0), atol=1e-4)
     assert np.allclose(found.std(0), 1, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_tiny_decoder_draws_as_the_vae_does():
+    """Of latents as the denoiser has them, in every world that the VAE knows."""
+    assets = reproduce.DEMO / "assets" / "worlds"
+    vae = AutoencoderKL.from_pretrained(assets / "vae").eval()
+    tiny = AutoencoderTiny.from_pretrained(assets / "tiny_decoder").eval()
+    for world in reproduce.LOOKS:
+        images = torch.from_numpy(draw(world, 20, seed=4)[0]).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = vae.encode(images).latent_dist.mean
+        decoded = tiny.decode(latents * vae.config.scaling_factor).sample
+        assert (decoded - vae.decode(latents).sample).abs().mean() < 0.08  # of images in [-1, 1]
 
 
 # Methods
