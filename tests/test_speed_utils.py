@@ -53,7 +53,7 @@ def test_compiled_run_is_the_same_and_compiles_once(run, family, compiler, monke
     assert graphs == [0] * 6
     compiled = run(*more, "--compile")
     assert graphs[7] > 3 and graphs[7:] == [graphs[7]] * 5
-    assert all("ContextVar" in where for where in counters["graph_break"])  # a hook of transformers' in DINOv2 alone
+    assert not counters["graph_break"]
     # Names, too: no `_orig_mod` in them.
     assert equal(checkpoint_state(plain / "checkpoint-6"), checkpoint_state(compiled / "checkpoint-6"))
     assert equal(read_result(plain, family.network), read_result(compiled, family.network))
@@ -64,7 +64,7 @@ def gradients(output, *inputs):
 
 
 def test_compiler_gives_the_gradients_of_eager(compiler, monkeypatch):
-    """What the CPU's compiler makes of a denoiser's block, of the decoder and of DINOv2's layer."""
+    """What the CPU's compiler makes of a denoiser's block, of the decoder and of DINOv2."""
     try:
         speed_utils.check_compiler(torch.device("cpu"))
     except ValueError as error:
@@ -89,7 +89,7 @@ def test_compiler_gives_the_gradients_of_eager(compiler, monkeypatch):
     eager = compute(*copy.deepcopy((unet, vae, features)))
     speed_utils.compile_blocks(unet)
     speed_utils.compile_whole(vae.decoder)
-    speed_utils.compile_layers(features.model)
+    speed_utils.compile_hidden_states(features.model)
     for found, expected in zip(compute(unet, vae, features), eager, strict=True):
         assert relative(found, expected) < 1e-5
     assert counters["stats"]["unique_graphs"] > 3  # with what `check_compiler` compiled
@@ -97,7 +97,7 @@ def test_compiler_gives_the_gradients_of_eager(compiler, monkeypatch):
 
 @pytest.mark.long
 @SD15
-def test_run_with_the_cpus_compiler(run, compiler, monkeypatch, tmp_path):
+def test_run_with_the_cpus_compiler(run, base_path, compiler, monkeypatch):
     """A whole run of compiled kernels: the eager one but for rounding, and nothing is compiled after the warm-up."""
     try:
         speed_utils.check_compiler(torch.device("cpu"))
@@ -115,8 +115,11 @@ def test_run_with_the_cpus_compiler(run, compiler, monkeypatch, tmp_path):
     # Generator updates are in every second iteration, and validations behind them.
     assert graphs[7] > graphs[6] > first and graphs[7:] == [graphs[7]] * 5
     assert counters["stats"]["unique_graphs"] == graphs[7]
-    eager, found = (read_result(output, "unet") for output in (plain, compiled))
-    assert all(torch.allclose(found[name], eager[name], atol=1e-5) for name in eager)
+    base, eager, found = (
+        torch.cat([value.flatten() for _, value in sorted(read_result(path, "unet").items())])
+        for path in (base_path, plain, compiled)
+    )
+    assert relative(found - base, eager - base) < 5e-3
     scalars, expected = read_scalars(compiled), read_scalars(plain)
     for name in ("generator_loss", "diffusion_loss", "discriminator_loss"):
         assert scalars[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
