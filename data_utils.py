@@ -48,7 +48,7 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
-from bucket_utils import image_sizes
+from bucket_utils import BUCKET, image_sizes
 from streaming_utils import Stream
 from training_utils import ADTError, concatenate
 
@@ -197,9 +197,6 @@ def describe_image(index, path) -> str:
 
 
 # Buckets of aspect ratios
-
-
-BUCKET = "aspect_ratio_bucket"  # a column: the index in `image_sizes(args)`, -1 for what is not used
 
 
 def sort_into_buckets(dataset, indices, args) -> list[int]:

@@ -251,7 +251,7 @@ def add_data_arguments(parser):
     add("--shuffle_buffer_size", Nature.STREAMING, type=positive_int, default=1000,
         help="With --streaming: rows that are shuffled together, of each process that trains.")  # fmt: skip
     add("--use_aspect_ratio_buckets", Nature.BUCKETS, action=BOOLEAN, default=False,
-        help="Train each image at the size whose shape is the nearest, not square.")  # fmt: skip
+        help="Train each image at the size whose shape is the nearest, not square; validate at these.")  # fmt: skip
     add("--aspect_ratio_buckets", Nature.BUCKETS, type=buckets_of, default=None,
         help="Those sizes, as height,width;height,width; else from 1:2 to 2:1, of --resolution's pixels.")  # fmt: skip
 

@@ -39,7 +39,6 @@ import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
-from diffusers.utils import make_image_grid
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, upload_folder
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -47,7 +46,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from adversary_utils import DriftGuard, norm_group
-from bucket_utils import describe_sizes
+from bucket_utils import describe_sizes, drawn_sizes, make_padded_grid
 from config_utils import CONFIG, write_config
 from data_utils import digest_of, identify_data, make_generator
 from disk_utils import (
@@ -492,6 +491,7 @@ class Interruption:
 class Validation:
     """Images of the validation prompts, by the training sampler and guidance, from the same noise each time.
 
+    With aspect ratio buckets each prompt's images are at their sizes in turn, see `drawn_sizes`.
     The base pipeline's are drawn when this is made, which must be before a checkpoint is loaded: there is no second
     copy of the base's weights. They are kept in `validation/base`, for when the run is resumed. Without validation
     prompts it does nothing.
@@ -506,6 +506,7 @@ class Validation:
 
     def __init__(self, generator, adversary, models, conditions, run):
         self.generator, self.models, self.conditions, self.run = generator, models, conditions, run
+        self.sizes = drawn_sizes(run.dataset, run.args) if conditions else []
         self.base_images = self.find_base_images()
         self.grids, self.drifted, self.guard = [], False, None
         if adversary is not None and len(conditions) > 1:
@@ -527,6 +528,7 @@ class Validation:
         record = {
             "prompts": args.validation_prompts,
             "images": args.num_validation_images,
+            "sizes": self.sizes,
             "scheduler": {name: value for name, value in sampler.config.items() if name[0] != "_"},
             "call": self.run.family.inference_options(args),
             "models": self.run.identity["models"],
@@ -568,7 +570,7 @@ class Validation:
         with self.generator.averaged():
             tuned_images = self.draw()
         pairs = zip(self.base_images, tuned_images, strict=True)
-        self.grids = [make_image_grid(base + tuned, rows=2, cols=len(base)) for base, tuned in pairs]
+        self.grids = [make_padded_grid(base + tuned, rows=2) for base, tuned in pairs]
         write_or_end(VALIDATION_IMAGES, lambda: log_validation(self.grids, done, self.run), self.run)
         if self.guard is None or not self.run.accelerator.is_main_process:
             return False
@@ -630,22 +632,23 @@ class Validation:
 
     def draw_prompt(self, n, pipeline) -> list[Image.Image]:
         args, vae = self.run.args, self.models.vae
-        side = args.resolution // pipeline.vae_scale_factor
         negative = {f"negative_{name}": value for name, value in self.models.prompt_encoder.negative.items()}
         # In float32, since a pipeline may give the latents the embeddings' precision.
         embeddings = {name: value.float() for name, value in (self.conditions[n] | negative).items()}
         images = []
         for j in range(args.num_validation_images):
             generator = make_generator(args.seed, "validation", n, j)
-            noise = torch.randn((1, vae.config.latent_channels, side, side), generator=generator)
+            height, width = self.sizes[j % len(self.sizes)]
+            latent_sides = (side // pipeline.vae_scale_factor for side in (height, width))
+            noise = torch.randn((1, vae.config.latent_channels, *latent_sides), generator=generator)
             # A sampler that adds noise draws it from here in the pipelines that hand it no generator, such as SD3's.
             torch.manual_seed(generator.initial_seed())
             latents = pipeline(
                 **embeddings,
                 latents=noise.to(self.run.accelerator.device),
                 generator=generator,  # of a sampler that adds noise
-                height=args.resolution,
-                width=args.resolution,
+                height=height,
+                width=width,
                 output_type="latent",
                 **self.run.family.inference_options(args),
             ).images
@@ -970,8 +973,9 @@ def write_model_card(sampler, has_images, run):
     """
     args, family = run.args, run.family
     call = family.inference_options(args)
-    if args.resolution != run.default_size:
-        call |= {"height": args.resolution, "width": args.resolution}
+    height, width = drawn_sizes(run.dataset, args)[0]
+    if (height, width) != (run.default_size, run.default_size):
+        call |= {"height": height, "width": width}
     sampler_facts = {name: sampler.config[name] for name in family.sampler_facts if name in sampler.config}
     inference = {"scheduler": type(sampler).__name__, **sampler_facts, **call}
     described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in inference.items())

@@ -17,11 +17,12 @@ other ways to call them would save.
     python benchmarks/overheads.py                      # all of it, a few minutes on a CPU
     python benchmarks/overheads.py --only start casts
 
-`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed`.
+`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed` and `dinov2`.
 """
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import tempfile
@@ -37,13 +38,14 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, Dinov2Model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from architectures import NETWORKS  # noqa: E402
+from architectures import DINOV2, NETWORKS  # noqa: E402
 from memory import SavedTensors  # noqa: E402
 
 from adt_utils import simulate_inference  # noqa: E402
@@ -55,6 +57,7 @@ from data_utils import (  # noqa: E402
     make_dataloader,
 )
 from evaluate_metrics import FrechetDistance  # noqa: E402
+from speed_utils import compile_hidden_states, compile_options  # noqa: E402
 from train_adt_sd15 import parse_args as parse_training_args  # noqa: E402
 
 
@@ -267,6 +270,29 @@ def measure_speed(args):
     compare("AdamW, one kernel / many", *steps)
 
 
+def measure_dinov2(args):
+    """DINOv2 at half of its width on 112x112 images, in float32, compiled by layer and whole."""
+    config = Dinov2Config(**DINOV2 | {"hidden_size": 192, "num_attention_heads": 3, "image_size": 112})
+    eager = Dinov2Model(config).eval().requires_grad_(False)
+    by_layer, whole = copy.deepcopy(eager), copy.deepcopy(eager)
+    for layer in by_layer.encoder.layer:  # their forwards: the library's hooks on layers cannot be compiled
+        layer.forward = torch.compile(layer.forward, **compile_options())
+    compile_hidden_states(whole)
+    images = torch.randn(2, 3, 112, 112, requires_grad=True)
+
+    def gradient(model):
+        hidden_states = model(pixel_values=images, output_hidden_states=True).hidden_states
+        return torch.autograd.grad(sum(state.square().mean() for state in hidden_states), images)[0]
+
+    expected = gradient(eager)
+    for title, model in (("by layer", by_layer), ("whole", whole)):
+        started = sum(os.times()[:4])  # with a C++ compiler's
+        difference = (gradient(model) - expected).norm() / expected.norm()
+        seconds = sum(os.times()[:4]) - started
+        print(f"DINOv2 {title}: {seconds:.0f} CPU s at first, gradient {difference:.0e} from eager", flush=True)
+        compare(f"forward and backward, {title} / eager", lambda: gradient(eager), lambda model=model: gradient(model))
+
+
 MEASUREMENTS = {
     "start": measure_start,
     "loading": measure_loading,
@@ -274,6 +300,7 @@ MEASUREMENTS = {
     "casts": measure_casts,
     "distances": measure_distances,
     "speed": measure_speed,
+    "dinov2": measure_dinov2,
 }
 
 
