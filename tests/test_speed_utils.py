@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 import speed_utils
 from adt_utils import FeatureNetwork, SimulatedInference
-from benchmarks import bench_iteration
+from benchmarks import bench_iteration, rollouts
 from training_utils import ADTError, Progress
 
 
@@ -257,13 +257,33 @@ def test_full_size_is_the_published_one(family, parameters):
     assert shapes["prompt_embeds"][1] == width
 
 
-def test_benchmark(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiniest_models(monkeypatch):
     tiniest = {"norm_num_groups": 4, "layers_per_block": 1, "block_out_channels": (8,) * 4}
     unet = tiniest | {"cross_attention_dim": 8, "attention_head_dim": 2}
     monkeypatch.setitem(bench_iteration.SMALL, "sd15", (unet, 64, {"prompt_embeds": (3, 8)}))
     monkeypatch.setattr(bench_iteration, "SMALL_VAE", tiniest)
     dinov2 = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
     monkeypatch.setattr(bench_iteration, "SMALL_DINOV2", dinov2)
+
+
+def test_benchmark_of_rollouts(tiniest_models, capsys):
+    rollouts.main([
+        "--family", "sd15", "--num_intervals", "2", "--num_steps", "5", "--num_gradient_steps", "2",
+        "--discriminator_layers", "0", "--train_batch_size", "1",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    args = rollouts.MODULES["sd15"].parse_args([
+        "--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--num_inference_steps", "5",
+    ])  # fmt: skip
+    lengths = [5 - rollouts.draw_path(iteration, args)[0] for iteration in range(5, 15)]
+    calls = sum(lengths), max(lengths[:5]) + max(lengths[5:])
+    assert f"| sd15, 1 a batch | {calls[0]} / {calls[1]} | " in printed
+    ratios = [float(ratio) for ratio in re.findall(r"0\.\d+|1\.\d+", printed.splitlines()[-1])]
+    assert len(ratios) >= 4 and all(0 < ratio < 2 for ratio in ratios)
+
+
+def test_benchmark(tiniest_models, tmp_path, capsys):
     file = tmp_path / "samples.json"
     bench_iteration.main([
         "--family", "sd15", "--rounds", "2", "--num_steps", "3", "--json", str(file), "--num_gradient_steps", "2",
