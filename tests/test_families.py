@@ -419,7 +419,7 @@ def test_processes_and_micro_batches_give_the_same_run(family, train, network, o
     if family.name != "sd15" and more not in (PAIRS, LORA):
         pytest.skip("these losses are copied blocks, which `make quality` compares, and a torchrun takes long")
     # Other seeds put one of the discriminator's leaky ReLUs at its kink, where rounding decides the slope.
-    seed = 3 if "auto" in more else 2
+    seed = 5 if "auto" in more else 2
     common = ("--seed", seed, "--discriminator_norm_group", 2, "--max_train_steps", 4, "--random_flip",
               "--noise_offset", 0.1, "--proportion_empty_prompts", 0.3, "--learning_rate", 2e-4,
               "--discriminator_learning_rate", 2e-4, *more)  # fmt: skip
