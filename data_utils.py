@@ -48,9 +48,10 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
+from adt_utils import select_train_steps
 from bucket_utils import BUCKET, image_sizes
 from streaming_utils import Stream
-from training_utils import ADTError, concatenate
+from training_utils import ADTError, concatenate, is_generator_iteration, rollout_group
 
 
 logger = get_logger(__name__)
@@ -70,6 +71,15 @@ def draw_per_image(function, shape, seed, purpose, iteration, positions):
     return torch.stack(
         [function(shape, generator=make_generator(seed, purpose, iteration, position)) for position in positions]
     )
+
+
+def draw_path(iteration, args) -> tuple[int, list[int]]:
+    """The start index of an iteration's whole global batch, and the steps that send a gradient, if any do."""
+    generator, num_steps = make_generator(args.seed, "path", iteration), args.num_inference_steps
+    start_index = torch.randint(num_steps, (1,), generator=generator).item()
+    if not is_generator_iteration(iteration, args):
+        return start_index, []
+    return start_index, select_train_steps(start_index, num_steps, args.num_gradient_steps, generator)
 
 
 # The data set
@@ -561,12 +571,13 @@ def leave_signals_alone(worker_id):
 
 
 def make_dataloader(run) -> torch.utils.data.DataLoader:
-    """This process's micro-batches, from the run's first iteration on; its workers live as long as an iterator."""
+    """This process's micro-batches, as `load_micro_batches` says; its workers live as long as an iterator."""
     args, accelerator = run.args, run.accelerator
+    first_iteration = rollout_group(run.first_iteration, args).start
     return torch.utils.data.DataLoader(
         ImageCaptionDataset(run.dataset, args),
         batch_sampler=make_batch_sampler(
-            run.dataset, args, accelerator.num_processes, accelerator.process_index, run.first_iteration
+            run.dataset, args, accelerator.num_processes, accelerator.process_index, first_iteration
         ),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
@@ -596,8 +607,11 @@ def stream_micro_batches(run):
 def load_micro_batches(run, save_checkpoint):
     """Yields this process's micro-batches, as `collate_fn` makes them, from the run's first iteration on.
 
+    They are loaded by `rollout_group`, which is one iteration by default; from the first one of it, where the run is
+    resumed among them.
+
     An image that does not decode ends the run, on all processes and with a checkpoint of the iterations before. With
-    `--skip_bad_images` it is logged, and counted as `skipped_images` of its iteration.
+    `--skip_bad_images` it is logged, and counted as `skipped_images` of its iteration, or of its group's first.
 
     Args:
         save_checkpoint: `output_utils`' function.
@@ -607,8 +621,10 @@ def load_micro_batches(run, save_checkpoint):
     """
     args, accelerator = run.args, run.accelerator
     loader, logged = stream_micro_batches(run) if args.streaming else iter(make_dataloader(run)), set()
-    for iteration in range(run.first_iteration, args.max_train_steps):
-        micro_batches = [next(loader) for _ in range(args.gradient_accumulation_steps)]
+    iteration = run.first_iteration
+    while iteration < args.max_train_steps:  # which are done before it
+        group = rollout_group(iteration, args)
+        micro_batches = [next(loader) for _ in range(len(group) * args.gradient_accumulation_steps)]
         bad_images = [sentence for examples in micro_batches for sentence in examples["bad_images"]]
         counts = [len(bad_images), sum("pixel_values" not in examples for examples in micro_batches)]
         if accelerator.num_processes > 1:
@@ -634,6 +650,7 @@ def load_micro_batches(run, save_checkpoint):
                 run.dataset.positions |= examples["behind"]
         while micro_batches:
             yield micro_batches.pop(0)
+        iteration = group.stop
 
 
 # What is checked of the images at a start

@@ -343,7 +343,7 @@ class System:
                 Progress=Progress,
                 load_micro_batches=lambda run, save: iter(lambda: self.examples, None),
                 prepare_batch=clock.marked(module.prepare_batch, "encode"),
-                simulate_inference=clock.marked(module.simulate_inference, "rollout"),
+                roll_out=clock.marked(module.roll_out, "rollout"),
                 decode_latents=clock.marked(module.decode_latents, "decode"),
                 update_discriminator=clock.marked(module.update_discriminator, "discriminator"),
                 update_generator=clock.marked(update_generator, "generator's optimizer"),

@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/bench_processes.py --shard OPTIONS...
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from unittest import mock
@@ -22,11 +23,17 @@ DINOV2 = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 OPTIONS = ("--family", "sd15", "--num_steps", "3", "--num_gradient_steps", "2", "--discriminator_layers", "0")
 
 
-def run(*options):
+@contextlib.contextmanager
+def smallest_models():
     with (
         mock.patch.dict(bench_iteration.SMALL, sd15=(UNET, 64, {"prompt_embeds": (3, 8)})),
         mock.patch.multiple(bench_iteration, SMALL_VAE=LEAST, SMALL_DINOV2=DINOV2),
     ):
+        yield
+
+
+def run(*options):
+    with smallest_models():
         bench_iteration.main([*OPTIONS, *options])
 
 

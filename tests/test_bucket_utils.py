@@ -264,13 +264,13 @@ def test_discriminator_sees_the_shape():
 
 def test_runs_at_the_buckets_sizes(bucketed, family, tmp_path, monkeypatch):
     """Rollout, VAE, discriminator, diffusion loss, validation; the card has the sizes; exact resume."""
-    shapes, simulate = [], family.train.simulate_inference
+    shapes, roll_out = [], family.train.roll_out
 
-    def watch(predict, scheduler, latents, *others):
-        shapes.append(tuple(2 * side for side in latents.shape[2:]))
-        return simulate(predict, scheduler, latents, *others)
+    def watch(micro_batches, *others):
+        shapes.extend(tuple(2 * side for side in batches[0].latents.shape[2:]) for batches in micro_batches.values())
+        roll_out(micro_batches, *others)
 
-    monkeypatch.setattr(family.train, "simulate_inference", watch)
+    monkeypatch.setattr(family.train, "roll_out", watch)
     prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 4)
     more = ("--checkpointing_steps", 2, "--max_train_steps", 4, "--use_lora")
     output = run_with(family, bucketed(*prompts, *more, output_dir="full"), tmp_path / "full")

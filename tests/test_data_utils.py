@@ -426,8 +426,12 @@ def test_bad_images_are_replaced_by_the_next_that_decode(loading, dataset_path, 
     assert expected.pop("bad_images") == [] and equal(item, expected)
 
 
-def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_path, monkeypatch):
-    """What one process finds, all raise, after the checkpoint that they write together."""
+@pytest.mark.parametrize("together", [1, 2])
+def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_path, monkeypatch, together):
+    """What one process finds, all raise, after the checkpoint that they write together.
+
+    Iterations whose rollouts run together are loaded together: none of them is done.
+    """
 
     class TwoProcesses:
         device, num_processes, process_index = torch.device("cpu"), 2, 0
@@ -437,14 +441,15 @@ def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_pa
 
         def reduce(self, counts, reduction):
             self.reduced.append(reduction)
-            return counts + torch.tensor([1, 1]) * (len(self.reduced) == 3)  # the other has a bad one
+            return counts + torch.tensor([1, 1]) * (len(self.reduced) == 1 + 2 // together)  # the other has a bad one
 
     saved = []
-    run = loading("--gradient_accumulation_steps", 2, accelerator=TwoProcesses())
+    more = ("--gradient_accumulation_steps", 2, "--rollouts_per_batch", together)
+    run = loading(*more, accelerator=TwoProcesses())
     monkeypatch.setattr(data_utils, "gather_object", lambda own: [*own, "The other's image."])
     loader = data_utils.load_micro_batches(run, lambda iteration, run: saved.append(iteration))
     loaded = [next(loader)["positions"] for _ in range(4)]
-    assert loaded == [[0, 1], [4, 5]] * 2 and run.accelerator.reduced == ["sum"] * 2
+    assert loaded == [[0, 1], [4, 5]] * 2 and run.accelerator.reduced == ["sum"] * (2 // together)
     with pytest.raises(ADTError, match="^The other's image. The run ends with checkpoint-2. Mend"):
         next(loader)
     assert saved == [2]

@@ -17,7 +17,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 import speed_utils
 from adt_utils import FeatureNetwork, SimulatedInference
-from benchmarks import bench_iteration
+from benchmarks import bench_iteration, rollouts
 from training_utils import ADTError, Progress
 
 
@@ -290,6 +290,23 @@ def test_full_size_is_the_published_one(family, parameters):
     assert vae.config.latent_channels == network.config.in_channels
     width = network.config.get("cross_attention_dim") or network.config.joint_attention_dim
     assert shapes["prompt_embeds"][1] == width
+
+
+def test_benchmark_of_rollouts(capsys):
+    with bench_processes.smallest_models():
+        rollouts.main([
+            "--family", "sd15", "--num_intervals", "2", "--num_steps", "5", "--num_gradient_steps", "2",
+            "--discriminator_layers", "0", "--train_batch_size", "1",
+        ])  # fmt: skip
+    printed = capsys.readouterr().out
+    args = rollouts.MODULES["sd15"].parse_args([
+        "--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--num_inference_steps", "5",
+    ])  # fmt: skip
+    lengths = [5 - rollouts.draw_path(iteration, args)[0] for iteration in range(5, 15)]
+    calls = sum(lengths), max(lengths[:5]) + max(lengths[5:])
+    assert f"| sd15, 1 a batch | {calls[0]} / {calls[1]} | " in printed
+    ratios = [float(ratio) for ratio in re.findall(r"0\.\d+|1\.\d+", printed.splitlines()[-1])]
+    assert len(ratios) >= 4 and all(0 < ratio < 2 for ratio in ratios)
 
 
 def test_benchmark(tmp_path, capsys):
