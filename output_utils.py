@@ -803,7 +803,7 @@ from diffusers import {{ imports }}
 
 {{ loading }}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({{ prompt }}{% for key, value in call.items() %}, {{ key }}={{ value }}{% endfor %}).images[0]
+image = pipeline({{ prompt }}{% for key, value in call.items() %}, {{ key }}={{ value | tojson if value is string else value }}{% endfor %}).images[0]
 image.save("image.png")
 ```
 
@@ -1061,7 +1061,7 @@ def write_model_card(sampler, has_images, run):
         call |= {"height": args.resolution, "width": args.resolution}
     sampler_facts = {name: sampler.config[name] for name in family.sampler_facts if name in sampler.config}
     inference = {"scheduler": type(sampler).__name__, **sampler_facts, **call}
-    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in inference.items())
+    described = ", ".join(f"{name.replace('_', ' ')} {value or repr(value)}" for name, value in inference.items())
     # A few-step student's sigmas are what it is called with; the others are for comparison, not for a call.
     schedule = sampler_schedule(sampler) if family.schedule_by_number else {}
     facts = training_facts(schedule | inference, run)

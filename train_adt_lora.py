@@ -39,6 +39,7 @@ the training is that of the family scripts: the loop, the draws, exact resuming,
 
 import argparse
 import inspect
+import logging
 import sys
 import time
 from dataclasses import dataclass, field
@@ -301,6 +302,8 @@ def resolve_inference(args, pipeline, config):
         negative_prompt = negative_prompt or ""
     elif "true_cfg_scale" in call and negative_prompt is not None:
         raise ADTError("--negative_prompt needs a --true_cfg_scale above 1.")
+    elif "true_cfg_scale" in call and values["true_cfg_scale"] == call["true_cfg_scale"].default:
+        values["true_cfg_scale"] = None  # off, as it is where nothing is said
     return args.replace(**values, negative_prompt=negative_prompt)
 
 
@@ -333,6 +336,8 @@ class PromptEncoder:
             dtype=weight_dtype(accelerator),
             **hub_options(args),
         )
+        # It would say of each caption, at each call, what is longer than an encoder reads.
+        logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
         self.device = accelerator.device
         networks = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         for network in networks:
