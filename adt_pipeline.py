@@ -28,6 +28,7 @@ the denoiser at a time.
 import contextlib
 import copy
 import functools
+import inspect
 import re
 import weakref
 from dataclasses import dataclass
@@ -141,6 +142,20 @@ class KeptCall:
     autocast: functools.partial
 
 
+class Gradients(dict):
+    """`{KeptCall: vectors}` of `ConstrainedPipeline.gradients`.
+
+    Attributes:
+        norm_squared: of the gradients to what the scheduler was given at the chosen steps, the guided predictions,
+            summed over the steps; a 0-d tensor. With guidance the gradients to its branches partly cancel in the
+            parameters, so that this measures an update better than the vectors do.
+    """
+
+
+class FirstStep(Exception):
+    """Ends a pipeline's call at its first step, which was given this prediction."""
+
+
 def versions(tree) -> list[int]:
     return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
@@ -188,14 +203,19 @@ class StandIn(nn.Module):
 class Call:
     """One call of a pipeline: its steps are counted, and what the chosen ones need for the replay is kept."""
 
-    def __init__(self, tunable, train_steps):
+    def __init__(self, tunable, train_steps, start_index=None, first_alone=False):
         self.tunable, self.network, self.train_steps = tunable, tunable.network, train_steps
+        self.start_index, self.first_alone = start_index, first_alone
         self.scheduler = copy.deepcopy(tunable.pipeline.scheduler)
         self.index, self.timestep, self.noised, self.start, self.kept = None, None, None, None, []
+        self.predictions = []  # what the scheduler was given at the chosen steps
 
     @contextlib.contextmanager
     def installed(self):
-        """The stand-ins are the pipeline's while this lasts; its own components are not changed."""
+        """The stand-ins are the pipeline's while this lasts; its own components are not changed.
+
+        The denoiser is in `eval()`, but for a call that ends at its first step, which a diffusion loss is made of.
+        """
         pipeline, name = self.tunable.pipeline, self.tunable.name
         processor = copy.copy(pipeline.image_processor)
         processor.postprocess = lambda image, *args, **kwargs: image
@@ -214,7 +234,7 @@ class Call:
             if isinstance(part, nn.Module)
         ]
         try:
-            with evaluating(self.network):
+            with contextlib.nullcontext() if self.first_alone else evaluating(self.network):
                 yield
         finally:
             pipeline.__dict__ |= own
@@ -260,7 +280,12 @@ class Call:
         if getattr(scheduler, "begin_index", None) is None and self.timestep is not None:
             self.index = (scheduler.timesteps == self.timestep).nonzero()[0].item()
         path = range(self.index, len(scheduler.timesteps))
-        if not torch.is_grad_enabled():
+        if self.start_index not in (None, self.index):
+            raise ValueError(
+                f"{type(tunable.pipeline).__name__} starts at step {self.index} where start_index is "
+                f"{self.start_index}."
+            )
+        if not torch.is_grad_enabled() or self.first_alone:
             self.train_steps = ()
         elif self.train_steps is None:
             self.train_steps = select_train_steps(path.start, path.stop, tunable.num_gradient_steps, tunable.generator)
@@ -275,6 +300,8 @@ class Call:
             self.begin()
         arguments, chosen = detached((args, kwargs)), self.index in self.train_steps
         before = None
+        if self.first_alone:
+            return self.network(*arguments[0], **arguments[1])
         if chosen:
             self.check_arguments(arguments)
             before = versions(arguments)
@@ -318,6 +345,10 @@ class Call:
     def step(self, model_output, timestep, sample):
         if self.noised is not None and self.start is None:
             self.start = self.make_start(timestep, sample)
+        if self.first_alone:
+            raise FirstStep(model_output)
+        if self.index in self.train_steps:
+            self.predictions.append(model_output)
         self.index += 1
         return constrained_step(self.scheduler, model_output, timestep, sample, self.tunable.gradient_path)
 
@@ -404,11 +435,14 @@ class ConstrainedPipeline:
         if network is not None and all(module is not self.denoiser for module in modules):
             raise ValueError(f"network is not the pipeline's {self.name}, nor wrapped around it.")
 
-    def __call__(self, *args, train_steps: Optional[Sequence[int]] = None, **kwargs):
+    def __call__(
+        self, *args, train_steps: Optional[Sequence[int]] = None, start_index: Optional[int] = None, **kwargs
+    ):
         """Calls the pipeline with its own arguments; under `torch.no_grad` nothing is kept for a backward.
 
         Args:
             train_steps: the indices of the steps that send a gradient, in place of K chosen ones.
+            start_index: of an image-to-image pipeline, the step at which it starts, in place of `strength`.
             output_type: `"pt"`, the default here, or `"latent"`.
 
         Returns:
@@ -425,17 +459,73 @@ class ConstrainedPipeline:
             raise ValueError("denoising_end would end the path before its last steps.")
         if train_steps is not None and (isinstance(train_steps, int) or not train_steps):
             raise ValueError(f"train_steps must be a list of steps, not {train_steps}.")
-        options = {"output_type": "pt", **kwargs, "return_dict": False}
-        run = type(self.pipeline).__call__.__wrapped__
-        return self.record(lambda: run(self.pipeline, *args, **options)[0], train_steps)
+        return self.record(lambda: self.run_pipeline(args, kwargs, start_index), train_steps, start_index)
 
-    def record(self, run, train_steps=None):
-        """What `run()` returns, the images or latents of one pass through the pipeline's loop, attached."""
+    def run_pipeline(self, args, kwargs, start_index):
+        options = {"output_type": "pt", **kwargs, "return_dict": False}
+        if start_index is not None:
+            options["strength"] = self.find_strength(start_index, kwargs)
+        return type(self.pipeline).__call__.__wrapped__(self.pipeline, *args, **options)[0]
+
+    def find_strength(self, start_index, options) -> float:
+        """The `strength` of which the pipeline's own arithmetic makes the step `start_index`.
+
+        The pipelines round `strength` times N in different ways, and not every whole number is such a product: the
+        middle between two of them is asked for, above or below.
+        """
+        pipeline, name = self.pipeline, type(self.pipeline).__name__
+        accepted = inspect.signature(pipeline.__call__).parameters
+        if "strength" not in accepted or not hasattr(pipeline, "get_timesteps"):
+            raise ValueError(f"{name} has no image-to-image form that starts on its path: there is no start_index.")
+        if "strength" in options:
+            raise ValueError("Give either start_index or strength.")
+        steps = options.get("num_inference_steps", accepted["num_inference_steps"].default)
+        if not 0 <= start_index < steps:
+            raise ValueError(f"start_index must be in [0, {steps - 1}], not {start_index}.")
+        remaining = steps - start_index
+        for strength in ((remaining - 0.5) / steps, min(1.0, (remaining + 0.5) / steps)):
+            if pipeline.get_timesteps(steps, strength, pipeline._execution_device)[1] == remaining:
+                return strength
+        raise ValueError(f"No strength has {name} start at step {start_index} of {steps}.")
+
+    def start_prediction(self, *args, start_index: Optional[int] = None, **kwargs) -> tuple[torch.Tensor, Start]:
+        """What the pipeline hands its scheduler at the step at which it starts from an image, for a diffusion loss.
+
+        The prediction is attached to the denoiser's parameters as that of any network is: send the loss its own
+        `backward()`. The denoiser is in the mode that it is in. Arguments as in a call; without guidance (of which the
+        pipeline's own arguments decide) it is the conditional prediction.
+
+        Returns:
+            the prediction, in the layout and the convention of `Start.target`, and the start, whose `target` it
+            should equal.
+
+        Raises:
+            ValueError: as a call does, under `torch.no_grad`, and where the pipeline starts from no image.
+        """
+        if not torch.is_grad_enabled():
+            raise ValueError("start_prediction is for a loss with gradient, and is called under torch.no_grad.")
+        self.check_tunable()
+        call = Call(self, None, start_index, first_alone=True)
+        try:
+            with call.installed():
+                self.run_pipeline(args, kwargs, start_index)
+        except FirstStep as end:
+            (prediction,) = end.args
+        self.start = call.start
+        if call.start is None:
+            raise ValueError(f"{type(self.pipeline).__name__} did not start from an image, so there is no target.")
+        return prediction, call.start
+
+    def check_tunable(self):
         self.check(self.pipeline)
         self.check_network()
         if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise ValueError(f"No parameter of the pipeline's {self.name} requires a gradient.")
-        call = Call(self, train_steps)
+
+    def record(self, run, train_steps=None, start_index=None):
+        """What `run()` returns, the images or latents of one pass through the pipeline's loop, attached."""
+        self.check_tunable()
+        call = Call(self, train_steps, start_index)
         with call.installed():
             images = run()
         self.start = call.start
@@ -450,7 +540,7 @@ class ConstrainedPipeline:
             self.alive.add(call)
         return images
 
-    def gradients(self, loss, retain_graph=False) -> dict[KeptCall, list[Optional[torch.Tensor]]]:
+    def gradients(self, loss, retain_graph=False) -> Gradients:
         """`dL/dprediction` for the chosen steps of the calls whose images `loss` (0-d) was computed from.
 
         Frees the graph of `loss` (decoder, reward, solver) unless `retain_graph`. Each call of the denoiser that was
@@ -462,11 +552,16 @@ class ConstrainedPipeline:
         """
         kept = [kept for call in self.alive for kept in call.kept]
         leaves = [leaf for one in kept for leaf in one.leaves]
-        found = ()
+        predictions = [prediction for call in self.alive if call.kept for prediction in call.predictions]
+        found, norm_squared = (), 0.0
         if leaves and isinstance(loss, torch.Tensor) and loss.requires_grad:
             weights = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-            found = torch.autograd.grad(loss, [*leaves, *weights], allow_unused=True, retain_graph=retain_graph)
-            if any(vector is not None for vector in found[len(leaves) :]):
+            found = torch.autograd.grad(
+                loss, [*leaves, *predictions, *weights], allow_unused=True, retain_graph=retain_graph
+            )
+            to_predictions = found[len(leaves) : len(leaves) + len(predictions)]
+            norm_squared = sum(vector.float().square().sum() for vector in to_predictions if vector is not None)
+            if any(vector is not None for vector in found[len(leaves) + len(predictions) :]):
                 raise ValueError(
                     f"A part of the loss leads to the {self.name}'s weights by another way than the images: send it "
                     "its own backward."
@@ -479,7 +574,9 @@ class ConstrainedPipeline:
                 "The loss has no gradient to images of this pipeline: it must be computed from them, with gradient, "
                 "and they can be sent a gradient once."
             )
-        return vectors
+        gradients = Gradients(vectors)
+        gradients.norm_squared = norm_squared
+        return gradients
 
     def replay(self, gradients, accelerator=None) -> None:
         """Adds the gradient that `gradients` make to that of the denoiser's parameters, one kept call at a time.

@@ -40,7 +40,7 @@ from adt_utils import (
 )
 from data_utils import first_images, normalize_pixels
 from speed_utils import compile_hidden_states
-from training_utils import ADTError, make_lr_scheduler, make_optimizer, prepare_trained, vae_factor
+from training_utils import ADTError, make_lr_scheduler, make_optimizer, prepare_trained
 
 
 logger = get_logger(__name__)
@@ -276,15 +276,12 @@ def reconstruction_difference(feature_network, models, run, count=16) -> float |
         layers; 0 for a perfect VAE; None where the images do not differ, or there is one alone.
     """
     device, vae = run.accelerator.device, models.vae
-    factor = vae_factor(vae.config)
     images = first_images(run, count)
     images = [image for image in images if image.shape == images[0].shape]  # of a bucket, else they do not compare
     count, to_itself, to_another, previous = len(images), 0.0, 0.0, None
     for image in images:
         image = normalize_pixels(image[None].to(device))
-        sides = (side // factor for side in image.shape[2:])
-        no_noise = torch.zeros(1, vae.config.latent_channels, *sides, device=device)
-        reconstruction = run.family.decode_latents(models.decoder, run.family.encode_images(vae, image, no_noise))
+        reconstruction = run.family.decode_latents(models.decoder, run.family.encode_images(vae, image, 0.0))
         features, reconstructed = feature_network(image), feature_network(reconstruction)
         to_itself += squared_distances(features, reconstructed)
         if previous is not None:

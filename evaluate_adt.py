@@ -61,11 +61,13 @@ from evaluate_metrics import (
     square,
 )
 from evaluate_pipelines import (
+    GUIDANCE,
     OWN,
     SAMPLING,
     check_candidate,
     check_index,
     find_candidates,
+    guided_call,
     load_pipeline,
     make_scheduler,
     sampling_options,
@@ -373,7 +375,8 @@ def size_conditions(dataset, index, args) -> dict:
 
 def call_options(candidate, kind, dataset, args):
     """A function from an image's index in the set `kind` to what the pipeline's call is given by `sampling`."""
-    fixed = {name: candidate.sampling[name] for name in SAMPLING[:2] if name in candidate.sampling}
+    names = (*SAMPLING[:2], *GUIDANCE)
+    fixed = {name: candidate.sampling[name] for name in names if name in candidate.sampling}
     if candidate.sampling.get("rollout_time_ids") == "image" and kind == "test":
         return lambda index: fixed | size_conditions(dataset, index, args)
     return lambda index: fixed
@@ -400,8 +403,7 @@ def draw(pipeline, captions, run, options, args, indices) -> list[Image.Image]:
             [captions[index] for index in part],
             generator=generators,
             **steps,
-            **dict(call),
-            guidance_scale=run["guidance_scale"],
+            **guided_call(pipeline, run["guidance_scale"], dict(call), len(part)),
             height=args.resolution,
             width=args.resolution,
         ).images

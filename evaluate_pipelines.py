@@ -39,6 +39,7 @@ from training_utils import configure_sampler
 OWN = "own"  # the scheduler that the pipeline comes with
 # The options that say how a model is sampled, beside the sampler, its steps, guidance and size.
 SAMPLING = ("guidance_rescale", "max_sequence_length", "t5", "rollout_time_ids")
+GUIDANCE = ("true_cfg_scale", "negative_prompt")  # and beside the guidance scale, where a model was trained with them
 # What `from_pretrained` looks for in a model's folder, where it is not told otherwise.
 WEIGHTS = (
     "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
@@ -154,7 +155,7 @@ def load_index(path, args) -> dict:
 
 
 def sampling_options(candidate, args) -> dict:
-    """How the pipeline is to be sampled, by the names in `SAMPLING`, less those that it has no use for.
+    """How the pipeline is to be sampled, by the names in `SAMPLING` and `GUIDANCE`, less those that it has no use for.
 
     The command line's, else as the model was trained, else the pipeline's own default. It is what the training's
     `inference_options` and `unused_components` make of the same options.
@@ -168,7 +169,25 @@ def sampling_options(candidate, args) -> dict:
         sampling["t5"] = not options.get("no_t5", False)
     if "crops_coords_top_left" in call:
         sampling["rollout_time_ids"] = options.get("rollout_time_ids", "inference")
-    return sampling | {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
+    sampling |= {name: getattr(args, name) for name in sampling if getattr(args, name) is not None}
+    return sampling | {name: options[name] for name in GUIDANCE if name in call and options.get(name) is not None}
+
+
+def guided_call(pipeline, guidance_scale, options, count) -> dict:
+    """What a pipeline is called with for `count` prompts, its guidance among it.
+
+    With a pipeline such as Qwen-Image's, which has `true_cfg_scale` and whose network takes no guidance as an input,
+    it is that one, and needs a negative prompt.
+    """
+    options, network = dict(options), pipeline.components.get("transformer")
+    accepted = inspect.signature(pipeline.__call__).parameters
+    if "true_cfg_scale" in accepted and not network.config.get("guidance_embeds", False):
+        options |= {"true_cfg_scale": guidance_scale, "negative_prompt": options.get("negative_prompt", "")}
+    else:
+        options["guidance_scale"] = guidance_scale
+    if "negative_prompt" in options:  # some take as many as there are prompts
+        options["negative_prompt"] = [options["negative_prompt"]] * count
+    return options
 
 
 def absent_components(candidate, index) -> dict:

@@ -440,6 +440,18 @@ def add_text_encoder_arguments(group):
         help="Folder for all captions' embeddings, computed once.")  # fmt: skip
 
 
+def leave_out(parser, names, **defaults):
+    """Takes options that do not act from a parser, which has their defaults, or `defaults`, as fixed values."""
+    for action in [action for action in parser._actions if action.dest in names]:
+        parser.set_defaults(**{action.dest: action.default})
+        for group in parser._action_groups:
+            if action in group._group_actions:
+                group._remove_action(action)
+        for flag in action.option_strings:
+            del parser._option_string_actions[flag]
+    parser.set_defaults(**defaults)
+
+
 def options_without_effect() -> set[str]:
     """Names of shared options that leave a result as it is, or that iterations and global batch size stand for."""
     parser = argparse.ArgumentParser()
@@ -453,7 +465,7 @@ def parse_options(parser, samplers, input_args=None) -> Options:
 
     Args:
         parser: has the options of `add_arguments` at least.
-        samplers: {name: (class, default number of steps, ...)}.
+        samplers: {name: (class, default number of steps, ...)}; none where the sampler is the pipeline's own.
     """
     args = parser.parse_args(with_config(parser, input_args), namespace=Options())
     args.natures = option_natures(parser)
@@ -462,7 +474,7 @@ def parse_options(parser, samplers, input_args=None) -> Options:
     computed = args.use_aspect_ratio_buckets and args.aspect_ratio_buckets is None
     return args.replace(
         lora_alpha=float(args.rank) if args.lora_alpha is None else args.lora_alpha,
-        num_inference_steps=args.num_inference_steps or samplers[args.sampler][1],
+        num_inference_steps=args.num_inference_steps or (samplers[args.sampler][1] if samplers else None),
         max_train_steps=20_000 if by_default else args.max_train_steps,
         aspect_ratio_buckets=default_buckets(args.resolution) if computed else args.aspect_ratio_buckets,
     )

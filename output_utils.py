@@ -497,7 +497,7 @@ class Validation:
     prompts it does nothing.
 
     Args:
-        conditions: each prompt's embeddings, dicts of (1, ...).
+        conditions: for each prompt what `draw_prompt` draws it by: its embeddings, a dict of (1, ...).
 
     Attributes:
         grids: the last images, one PIL image for each prompt, base images above tuned ones.
@@ -613,14 +613,8 @@ class Validation:
         """A list of images for each prompt, on every process; the prompts are shared out, so that none waits long."""
         if not self.conditions:
             return []
-        accelerator, network, sampler = self.run.accelerator, self.generator.network, self.models.sampler
-        family = self.run.family
-        pipeline = family.pipeline_class(
-            vae=self.models.vae,
-            scheduler=type(sampler).from_config(sampler.config),
-            **{family.network_name: network},
-            **family.without_text_encoders,
-        )
+        accelerator, network = self.run.accelerator, self.generator.network
+        pipeline = self.make_pipeline()
         pipeline.set_progress_bar_config(disable=True)
         training = network.training
         network.eval()
@@ -629,6 +623,15 @@ class Validation:
             images = [(n, self.draw_prompt(n, pipeline)) for n in own]
         network.train(training)
         return [result for _, result in sorted(gather_object(images), key=lambda item: item[0])]
+
+    def make_pipeline(self):
+        family, sampler = self.run.family, self.models.sampler
+        return family.pipeline_class(
+            vae=self.models.vae,
+            scheduler=type(sampler).from_config(sampler.config),
+            **{family.network_name: self.generator.network},
+            **family.without_text_encoders,
+        )
 
     def draw_prompt(self, n, pipeline) -> list[Image.Image]:
         args, vae = self.run.args, self.models.vae
@@ -978,9 +981,10 @@ def write_model_card(sampler, has_images, run):
         call |= {"height": height, "width": width}
     sampler_facts = {name: sampler.config[name] for name in family.sampler_facts if name in sampler.config}
     inference = {"scheduler": type(sampler).__name__, **sampler_facts, **call}
-    described = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in inference.items())
+    described = ", ".join(f"{name.replace('_', ' ')} {value or repr(value)}" for name, value in inference.items())
     # A few-step student's sigmas are what it is called with; the others are for comparison, not for a call.
-    facts = training_facts(sampler_schedule(sampler) | inference, run)
+    schedule = sampler_schedule(sampler) if family.schedule_by_number else {}
+    facts = training_facts(schedule | inference, run)
     Path(args.output_dir, "adt_config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     loading, imports = pipeline_loading(sampler, run)
@@ -1000,7 +1004,7 @@ def write_model_card(sampler, has_images, run):
         loading=loading,
         imports=imports,
         prompt=json.dumps(args.validation_prompts[0] if args.validation_prompts else "a lighthouse at dusk"),
-        call=call,
+        call={name: repr(value) for name, value in call.items()},
         sampling=run.method.sampling.format(described=described)
         + FUSED * args.fuse_lora
         + KOHYA * args.output_kohya_format

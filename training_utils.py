@@ -160,7 +160,7 @@ class Family:
         pipeline_class, network_class: diffusers' classes; the network is what trains.
         network_name: the network in the pipeline: its attribute and its folder.
         without_text_encoders: what `pipeline_class` must be given to be made for embeddings alone.
-        encode_images: (vae, images, posterior_noise) to latents, as `x_0`.
+        encode_images: (vae, images, posterior_noise) to latents, as `x_0`; without noise of a posterior's mean.
         decode_latents: (vae, latents) to images (B, 3, H, W) in about [-1, 1].
         inference_options: (args) to what the pipeline is called with to sample as in training.
         card_tags: the model card's.
@@ -170,6 +170,7 @@ class Family:
         absent_components: (args) to components that the base pipeline lacks and `from_pretrained` must be told so.
         unused_components: (args) to those that the pipeline must be loaded without to sample as in training.
         inference_note: (args) to what the model card says about inference beyond the sampler.
+        schedule_by_number: whether the pipeline's call sets its noise levels by the number of steps alone.
     """
 
     pipeline_class: type
@@ -186,6 +187,7 @@ class Family:
     absent_components: Callable = lambda args: {}
     unused_components: Callable = lambda args: {}
     inference_note: Callable = lambda args: ""
+    schedule_by_number: bool = True
 
 
 def is_generator_iteration(iteration, args) -> bool:
@@ -243,7 +245,7 @@ class Run:
     identity: dict  # what its checkpoints say of it, see `output_utils.identify_run`
     checkpoint: Path | None  # to resume from
     first_iteration: int  # 0-based
-    default_size: int  # the side of the images that the pipeline makes by default
+    default_size: int | None  # the side of the images that the pipeline makes by default, where that is known
     repo_id: str | None  # on the Hub
     interruption: Any  # an `output_utils.Interruption`
 

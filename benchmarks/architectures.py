@@ -34,6 +34,9 @@ NETWORKS = {
     "sd3": {
         "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192,
     },
+    "flux": {"guidance_embeds": True},  # FLUX.1-dev, 11.9 billion parameters; these classes' defaults are the rest
+    "qwen-image": {},  # 20.4 billion
+    "z-image": {},  # 6.15 billion
 }  # fmt: skip
 VAE = {
     "block_out_channels": (128, 256, 512, 512),
@@ -47,6 +50,7 @@ VAES = {
     "sd3": VAE | {
         "latent_channels": 16, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False,
     },
+    "qwen-image": {},
 }  # fmt: skip
 # ViT-S/14.
 DINOV2 = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}

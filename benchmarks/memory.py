@@ -47,7 +47,16 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import (
@@ -215,6 +224,8 @@ class Model:
 
     def set_gradient_checkpointing(self, enabled):
         for module in (self.network, self.vae):
+            if not module._supports_gradient_checkpointing:  # Qwen-Image's VAE
+                continue
             if enabled:
                 module.enable_gradient_checkpointing(counted_checkpoint)
             else:
@@ -223,7 +234,10 @@ class Model:
 
 def decode(model, latents):
     def decode_one(one):
-        return model.vae.decode((one / model.vae.config.scaling_factor).to(model.vae.dtype)).sample.float()
+        one = one / model.vae.config.get("scaling_factor", 1.0)
+        if isinstance(model.vae, AutoencoderKLQwenImage):  # a video's, of one frame
+            return model.vae.decode(one[:, :, None].to(model.vae.dtype)).sample[:, :, 0].float()
+        return model.vae.decode(one.to(model.vae.dtype)).sample.float()
 
     return torch.cat([counted_checkpoint(decode_one, one) for one in latents.split(1)])
 
@@ -500,6 +514,64 @@ def sd3_model(args, lora=False) -> Model:
     )
 
 
+def any_model(args, name) -> Model:
+    """Adapters of `train_adt_lora.py` at 1024x1024, by the family's pipeline; call it under a `FakeTensorMode`.
+
+    Without text encoders, which `--offload_text_encoders` takes off the card. The prompts have 512 tokens of T5's with
+    FLUX.1, and 128 of Qwen's.
+    """
+    title, network_class = {
+        "flux": ("FLUX.1-dev", FluxTransformer2DModel),
+        "qwen-image": ("Qwen-Image", QwenImageTransformer2DModel),
+        "z-image": ("Z-Image", ZImageTransformer2DModel),
+    }[name]
+    with default_dtype(torch.bfloat16):
+        transformer = network_class(**NETWORKS[name]).eval()
+    add_lora(transformer)
+
+    def pack(latents):
+        return latents.unflatten(2, (64, 2)).unflatten(4, (64, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+    def unpack(tokens):
+        latents = tokens.unflatten(1, (64, 64)).unflatten(3, (16, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+        return latents.flatten(2, 3).flatten(3, 4)
+
+    def forward(model_input, timestep, embeds):
+        rows, time = len(model_input), torch.full((len(model_input),), float(timestep) / 1000)
+        if name == "flux":
+            return unpack(
+                transformer(
+                    pack(model_input), embeds, torch.zeros(rows, 768), time, torch.zeros(4096, 3),
+                    torch.zeros(embeds.shape[1], 3), torch.full((rows,), 3.5),
+                ).sample
+            )  # fmt: skip
+        if name == "qwen-image":
+            shapes = [[(1, 64, 64)]] * rows
+            return unpack(transformer(pack(model_input), embeds, None, time, img_shapes=shapes).sample)
+        # Its pipeline has both branches of guidance in one call, and so has a replay.
+        images = list(model_input.repeat(2, 1, 1, 1).to(torch.bfloat16).unsqueeze(2))
+        both = torch.stack(transformer(images, time.repeat(2), list(embeds) * 2)[0]).squeeze(2)
+        return both.chunk(2)[0] + 4.0 * (both.chunk(2)[0] - both.chunk(2)[1])
+
+    features = full_size_features()
+    batch = args.train_batch_size or 1
+    tokens, channels = {"flux": (512, 4096), "qwen-image": (128, 3584), "z-image": (128, 2560)}[name]
+    qwen = name == "qwen-image"
+    return Model(
+        title=f"{title}, LoRA of rank 32, with DINOv2 ViT-S/14 at 518, {batch} image{'s' * (batch > 1)} of 1024x1024, "
+        "on fake tensors",
+        network=transformer,
+        forward=forward,
+        vae=freeze(AutoencoderKLQwenImage(**VAES[name]) if qwen else AutoencoderKL(**VAES["sd3"])),
+        text_encoder=torch.nn.Module(),
+        features=features,
+        discriminator=freeze(SiameseDiscriminator(features.channels, len(features.layers))),
+        sampler=make_sampler(8),
+        embeds=(torch.randn(batch, tokens, channels),) * 2,
+        latents=torch.randn(batch, 16, 128, 128),
+    )
+
+
 # The ladder
 
 
@@ -543,6 +615,12 @@ LADDERS = {
         Rung(f"{ONE} {LORA}", "sd3-lora", half_vae=False),
         Rung(f"{ONE} {LORA} {BITS}", "sd3-lora", half_vae=False, four_bits=True),
     ],
+} | {
+    f"{title}, adapters": [
+        Rung(f"{ONE} --rank 32", model, half_vae=False),
+        Rung(f"{ONE} --rank 32 {BITS}", model, half_vae=False, four_bits=True),
+    ]
+    for title, model in (("FLUX.1-dev", "flux-lora"), ("Qwen-Image", "qwen-image-lora"), ("Z-Image", "z-image-lora"))
 }  # fmt: skip
 
 
@@ -642,7 +720,8 @@ def report(model, guidance_scale) -> str:
     return f"## {model.title}\n\n{peaks}\n\n{states}\n"
 
 
-# The builder, and whether it is called on fake tensors.
+# The builder, and whether it is called on fake tensors. Whole reports of the last ones are for those who name them.
+LADDER_ALONE = ("flux-lora", "qwen-image-lora", "z-image-lora")
 MODELS = {
     "demo": (demo_model, False),
     "sd15": (sd15_model, True),
@@ -650,12 +729,15 @@ MODELS = {
     "sdxl-lora": (partial(sdxl_model, lora=True), True),
     "sd3": (sd3_model, True),
     "sd3-lora": (partial(sd3_model, lora=True), True),
+    **{name: (partial(any_model, name=name.removesuffix("-lora")), True) for name in LADDER_ALONE},
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description="Counts the activations saved in each phase of an ADT iteration.")
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument(
+        "--model", choices=MODELS, nargs="+", default=None, help="Else all, in the ladder or out of it."
+    )
     parser.add_argument("--ladder", action="store_true", help="An iteration in all, option by option.")
     parser.add_argument("--pipeline", default=str(ROOT / "demo/assets/pipeline"), help="The demo's pipeline.")
     parser.add_argument("--discriminator", default=str(ROOT / "demo/assets/dinov2"), help="The demo's DINOv2.")
@@ -665,10 +747,11 @@ def main():
     print(f"`{' '.join(['python benchmarks/memory.py', *sys.argv[1:]])}`\n")
     print("Counts of saved tensors, not a GPU measurement: temporary buffers and fragmentation come on top.\n")
     if args.ladder:
-        for title in LADDERS:
-            print(ladder(title), flush=True)
+        for title, rungs in LADDERS.items():
+            if args.model is None or rungs[0].model in args.model:
+                print(ladder(title), flush=True)
         return
-    for name in args.model:
+    for name in args.model or [name for name in MODELS if name not in LADDER_ALONE]:
         build, fake = MODELS[name]
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext():
             print(report(build(args), args.guidance_scale), flush=True)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import evaluate_adt  # noqa: E402
+import train_adt_lora  # noqa: E402
 import train_adt_sd3  # noqa: E402
 import train_adt_sd15  # noqa: E402
 import train_adt_sdxl  # noqa: E402
@@ -22,7 +23,7 @@ from output_utils import checkpoint_config  # noqa: E402
 
 
 FILE = ROOT / "docs" / "options.md"
-SCRIPTS = {"SD1.5": train_adt_sd15, "SDXL": train_adt_sdxl, "SD3": train_adt_sd3}
+SCRIPTS = {"SD1.5": train_adt_sd15, "SDXL": train_adt_sdxl, "SD3": train_adt_sd3, "any": train_adt_lora}
 # Options under which another option acts, and others under which it is ignored.
 WHERE = {
     "ADT": (["--use_lora"], ["--use_lora", "--adversarial_loss_weight", "0"]),
@@ -37,7 +38,7 @@ INTRODUCTION = """\
 Written by `python docs/write_options.py` from what the parsers say; `--help` prints the options, too.
 
 - Defaults are the paper's. Where one is blank, the option is not set, or filled in as its text says. A dash says that
-  the script has no such option.
+  the script has no such option. *any* is `train_adt_lora.py`.
 - An option with `…` takes several values. One that is off is switched on by its name alone.
 - The last column says whether an option may change when a run is resumed; what counts is the value as filled in. A
   *no* with a word in brackets holds there alone: elsewhere the option is ignored, and may change. *yes ¹* is bound by
@@ -105,7 +106,11 @@ def compared(script, more) -> set[str]:
 def on_resume(script) -> dict:
     """{name: whether it may change when a run is resumed}, by the options' natures."""
     natures, found = option_natures(script.make_parser()), {}
-    acting = {where: compared(script, on) - compared(script, off) for where, (on, off) in WHERE.items()}
+    acting = {
+        where: compared(script, on) - compared(script, off)
+        for where, (on, off) in WHERE.items()
+        if {word[2:] for word in on + off if word.startswith("--")} <= natures.keys()
+    }
     always = compared(script, [])
     for option, own in natures.items():
         conditions = [where for where, names in acting.items() if option in names]

@@ -39,7 +39,7 @@ from adt_utils import SimulatedInference, TrainStep
 from config_utils import read_config
 from data_utils import check_used_images, images_per_epoch, list_captions, load_image_caption_dataset
 from disk_utils import bytes_to_come
-from option_utils import Nature, adder
+from option_utils import Nature, adder, leave_out, option_natures
 from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
 from training_utils import Run, expand, resolve_schedule, start_accelerator, weight_dtype
 
@@ -79,18 +79,11 @@ def make_parser(name, description, without=(), families=FAMILIES, **defaults) ->
     """
     parser = FAMILIES[name].make_parser()
     parser.description = description
-    parser.set_defaults(adversarial_loss_weight=0.0, **defaults)  # which is what "no simulated inference" means
     drift = ("drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift")
     buckets = ("use_aspect_ratio_buckets", "aspect_ratio_buckets")  # some of these discriminators see squares alone
     absent = {"adversarial_loss_weight", "rollout_time_ids", "shard", *buckets, *drift, *without}
-    for action in list(parser._actions):
-        if action.dest in absent or Nature.ADVERSARIAL in getattr(action, "natures", ()):
-            parser.set_defaults(**{action.dest: action.default})
-            for group in parser._action_groups:
-                if action in group._group_actions:
-                    group._remove_action(action)
-            for flag in action.option_strings:
-                del parser._option_string_actions[flag]
+    absent |= {name for name, natures in option_natures(parser).items() if Nature.ADVERSARIAL in natures}
+    leave_out(parser, absent, adversarial_loss_weight=0.0, **defaults)  # which is what "no simulated inference" means
     adder(parser)("--family", choices=families, required=True, help="The model family.")
     return parser
 

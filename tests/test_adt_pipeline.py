@@ -15,7 +15,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from helpers import NO_ACCELERATOR, relative, run_two_processes
 from peft import LoraConfig
-from tiny_pipelines import PIPELINES, make_pipeline
+from tiny_pipelines import PIPELINES, ROWS, TOKENS, make_pipeline
 from torch import nn
 
 from adt_pipeline import ConstrainedPipeline, check_pipeline
@@ -177,6 +177,97 @@ def test_start_from_an_image(name, scheduler):
     assert relative(expected, start.latents) < 1e-5
     tunable.backward(loss_of(latents))
     assert relative(gradient(tunable.denoiser), kept_graphs(pipeline, inputs, range(2))) < 1e-5
+
+
+def from_image(name):
+    """A tunable image-to-image pipeline, and what it is called with, guidance on, but for where it starts."""
+    pipeline, inputs = make_pipeline(name)
+    pipeline = IMAGE_TO_IMAGE[name](**pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    inputs |= {"image": torch.rand(2, 3, 16, 16, generator=generator())}
+    return ConstrainedPipeline(pipeline), {key: value for key, value in inputs.items() if key in accepted}
+
+
+@pytest.mark.parametrize("name", IMAGE_TO_IMAGE)
+def test_start_index_is_exact(name):
+    """For each index of several numbers of steps; calls of a few show that the pipeline then starts there."""
+    tunable, inputs = from_image(name)
+    for steps in (1, 2, 3, 7, 28, 50):
+        strengths = [tunable.find_strength(i, {"num_inference_steps": steps}) for i in range(steps)]
+        assert strengths == sorted(set(strengths), reverse=True) and 0 < strengths[-1] <= strengths[0] <= 1
+    for index in range(3):
+        options = inputs | {"num_inference_steps": 3, "start_index": index, "output_type": "latent"}
+        latents = tunable(**options, generator=generator())
+        (call,) = tunable.alive
+        assert tunable.start.index == index and {kept.index for kept in call.kept} == set(range(index, 3))
+        tunable.backward(loss_of(latents))
+        del latents, call
+
+
+def by_hand(name, pipeline, inputs, start):
+    """What the network predicts at the start for the prompts, in the convention of its scheduler."""
+    sample, time = start.levels[0] * start.latents + start.levels[1] * start.noise, start.timestep.expand(ROWS)
+    prompts = inputs["prompt_embeds"]
+    if name == "sd15":
+        return pipeline.unet(sample, time, encoder_hidden_states=prompts).sample
+    if name == "flux":  # packed
+        return pipeline.transformer(
+            hidden_states=sample, timestep=time / 1000, guidance=torch.tensor([3.5]).expand(ROWS),
+            pooled_projections=inputs["pooled_prompt_embeds"], encoder_hidden_states=prompts,
+            txt_ids=torch.zeros(TOKENS, 3),
+            img_ids=pipeline._prepare_latent_image_ids(ROWS, 4, 4, "cpu", torch.float32),
+        ).sample  # fmt: skip
+    lists = list(sample.unsqueeze(2)), (1000 - time) / 1000, prompts
+    return -torch.stack(pipeline.transformer(*lists)[0]).squeeze(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("sd15", {"guidance_scale": 0.0}), ("flux", {}), ("z_image", {"guidance_scale": 0.0})]
+)
+def test_start_prediction(name, options):
+    """The conditional one, with the gradient that the network's own call has, in the mode that the network is in."""
+    tunable, inputs = from_image(name)
+    tunable.denoiser.train()
+    prediction, start = tunable.start_prediction(**inputs | options, start_index=1, generator=generator())
+    assert start.index == 1 and start is tunable.start and tunable.denoiser.training
+    loss_of(prediction - start.target).backward()
+    own = gradient(tunable.denoiser)
+    expected = by_hand(name, tunable.pipeline, inputs, start)
+    assert relative(prediction, expected) < 1e-5 and prediction.shape == start.target.shape
+    loss_of(expected - start.target).backward()
+    assert relative(own, gradient(tunable.denoiser)) < 1e-4
+    with pytest.raises(ValueError, match="did not start from an image"):
+        ConstrainedPipeline(make_pipeline("sd3")[0]).start_prediction(**make_pipeline("sd3")[1])
+    with torch.no_grad(), pytest.raises(ValueError, match="under torch.no_grad"):
+        tunable.start_prediction(**inputs, start_index=1)
+
+
+def test_gradients_tell_their_norm_at_the_guided_predictions():
+    """By hand, what a step's two branches have in common: `(1 - w) g` and `w g`."""
+    pipeline, inputs = make_pipeline("sd15")
+    tunable = ConstrainedPipeline(pipeline)
+    gradients = tunable.gradients(loss_of(tunable(**inputs, generator=generator(), train_steps=[1, 3])))
+    guided = [vector.unflatten(0, (2, ROWS)).sum(0) for (vector,) in gradients.values()]
+    assert len(guided) == 2
+    assert gradients.norm_squared.item() == pytest.approx(sum(own.square().sum().item() for own in guided), rel=1e-4)
+
+
+def test_starts_that_cannot_be_are_refused(monkeypatch):
+    tunable, inputs = from_image("sd3")
+    for options, sentence in (
+        ({"start_index": 4}, r"start_index must be in \[0, 3\], not 4"),
+        ({"start_index": -1}, "not -1"),
+        ({"start_index": 1, "strength": 0.5}, "Give either start_index or strength"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            tunable(**inputs | options)
+    text, own = make_pipeline("sd3")
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline has no image-to-image form"):
+        ConstrainedPipeline(text)(**own, start_index=1)
+    monkeypatch.setattr(tunable, "find_strength", lambda start_index, options: 0.25)
+    with pytest.raises(ValueError, match="starts at step 3 where start_index is 1"):
+        tunable(**inputs, start_index=1)
 
 
 # In one's own loop

@@ -10,6 +10,7 @@ from conftest import FAMILIES
 from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_network, read_result, relative
 
 import memory_utils
+import train_adt_lora
 import train_adt_sd15 as train
 from benchmarks import memory
 from memory_utils import FusedBackward, check_memory_options, optimizer_state_bytes
@@ -112,7 +113,9 @@ def test_commands_of_the_ladder(tmp_path, monkeypatch, rung):
     """The scripts take them, and they mean what the ladder counts."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nf4.json").write_text('{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}')
-    args = FAMILIES[rung.model.removesuffix("-lora")].train.parse_args([*SHORTEST, *rung.options.split()])
+    family = FAMILIES.get(rung.model.removesuffix("-lora"))
+    script = train_adt_lora if family is None else family.train
+    args = script.parse_args([*SHORTEST, *rung.options.split()])
     assert (args.optimizer, args.offload_gradients) == (rung.optimizer, rung.offload_gradients)
     assert (args.use_lora, args.train_batch_size) == (rung.model.endswith("-lora"), rung.images)
     assert (args.bnb_quantization_config_path is not None) == rung.four_bits

@@ -5,7 +5,16 @@ Each function returns a pipeline and what it is called with: embeddings for two 
 
 import diffusers
 import torch
-from tiny import make_unet, make_vae
+from tiny import make_t5_tokenizer, make_text_encoder, make_tokenizer, make_unet, make_vae
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 
 TOKENS, ROWS = 5, 2
@@ -314,3 +323,52 @@ def make_pipeline(name, **options):
             component.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, {"num_inference_steps": 4, "height": 16, "width": 16} | inputs
+
+
+# Whole pipelines, with text encoders
+
+
+def make_qwen_tokenizer():
+    """A `Qwen2Tokenizer` that knows ASCII by its characters, with a chat template."""
+    characters = [chr(code) for code in range(33, 127)] + ["\u0120", "\u010a"]  # and the space and the new line
+    vocab = {character: index for index, character in enumerate([*characters, "<|endoftext|>"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token="<|endoftext|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = "{% for message in messages %}user {{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def text_components(name) -> dict:
+    """The text encoders and tokenizers of `flux`, `qwen_image` and `z_image`, by their names in the pipeline."""
+    if name.startswith("flux"):
+        clip, t5 = make_tokenizer(), make_t5_tokenizer()
+        config = T5Config(
+            vocab_size=len(t5), d_model=32, d_kv=16, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+        )
+        encoders = {"text_encoder": make_text_encoder(clip), "text_encoder_2": T5EncoderModel(config)}
+        return encoders | {"tokenizer": clip, "tokenizer_2": t5}
+    tokenizer = make_qwen_tokenizer()
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    if name == "z_image":
+        return {"text_encoder": Qwen3Model(Qwen3Config(head_dim=8, **sizes)), "tokenizer": tokenizer}
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = Qwen2_5_VLConfig(
+        text_config=sizes | {"rope_scaling": rope, "max_position_embeddings": 2048}, vision_config=vision
+    )
+    return {"text_encoder": Qwen2_5_VLForConditionalGeneration(config), "tokenizer": tokenizer}
+
+
+def save_whole_pipeline(name, directory, **options) -> str:
+    """Saves a pipeline of `PIPELINES` with its text encoders; its images are 16x16. Returns the path as a string."""
+    pipeline, _ = make_pipeline(name, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        texts = text_components(name)
+    for part, component in texts.items():
+        setattr(pipeline, part, component.eval() if isinstance(component, torch.nn.Module) else component)
+    pipeline.register_modules(**texts)
+    pipeline.save_pretrained(directory)
+    return str(directory)
