@@ -933,9 +933,10 @@ class EmbeddingCache:
         # It waits for all, too: else some would see what others have made already.
         if not all(gather_object([not missing or needed + reserved <= free])):
             more = f"checkpoints and the result {reserved / 1e9:.1f} GB of the same disk, " if reserved else ""
+            fewer = ", or keep fewer checkpoints by --checkpoints_total_limit" if reserved else ""
             raise ADTError(
                 f"--cache_text_embeddings {directory} needs {needed / 1e9:.1f} GB for {len(missing)} captions, {more}"
-                f"and {free / 1e9:.1f} GB are free."
+                f"and {free / 1e9:.1f} GB are free: choose a folder on another disk{fewer}."
             )
         parts = [missing[first : first + CAPTIONS_PER_FILE] for first in range(0, len(missing), CAPTIONS_PER_FILE)]
         own = parts[accelerator.process_index :: accelerator.num_processes]

@@ -93,9 +93,9 @@ def free_gb(directory) -> float:
 def what_is_left(directory) -> str:
     """What a run that ends in an error says of its checkpoints."""
     left = list_checkpoints(directory)
-    return (
-        f"{left[-1].name} is whole: --resume_from_checkpoint latest goes on there." if left else "There is no other."
-    )
+    if not left:
+        return "There is no checkpoint yet."
+    return f"{left[-1].name} is whole: --resume_from_checkpoint latest goes on there."
 
 
 def write_or_end(what, write, run):
@@ -125,29 +125,46 @@ class Space:
 
     Attributes:
         checkpoint: each of them.
-        num_checkpoints: how many more there will be at once.
+        num_checkpoints: how many more than now there will be at once.
+        num_at_end: how many more there will be beside the result; negative where some that are there go.
         result: the pipeline or the adapters, where none is there to be written over.
     """
 
     checkpoint: int
     num_checkpoints: int
+    num_at_end: int
     result: int
 
     @property
     def total(self) -> int:
-        return self.checkpoint * self.num_checkpoints + self.result
+        """The most that there will be at once."""
+        return max(self.checkpoint * self.num_checkpoints, self.checkpoint * self.num_at_end + self.result)
+
+    def required(self, args) -> int:
+        """Without which a run is refused: `total`, or a checkpoint and the result where all checkpoints are kept."""
+        return self.total if args.checkpoints_total_limit > 0 else self.checkpoint + self.result
 
 
-def num_checkpoints(run) -> int:
-    """How many more checkpoints there will be at once than there are."""
-    args, existing = run.args, len(list_checkpoints(run.args.output_dir))
-    planned = args.max_train_steps // args.checkpointing_steps - run.first_iteration // args.checkpointing_steps
-    planned = max(1, planned)  # a run that is stopped writes one
+def count_planned(run) -> int:
+    """How many checkpoints the run will write, those of good validations with `--stop_on_drift` among them."""
+    args = run.args
+
+    def writes(done):
+        validates = args.stop_on_drift and (done % args.validation_steps == 0 or done == args.max_train_steps)
+        return validates or done % args.checkpointing_steps == 0
+
+    planned = sum(writes(done) for done in range(run.first_iteration + 1, args.max_train_steps + 1))
+    return max(1, planned)  # a run that is stopped writes one
+
+
+def count_checkpoints(run) -> tuple[int, int]:
+    """How many more checkpoints than now there will be at once, and at the end."""
+    args, existing, planned = run.args, len(list_checkpoints(run.args.output_dir)), count_planned(run)
     if args.checkpoints_total_limit == 0:
-        return planned
+        return planned, planned
     # One more is there while it is written, and the last good one is spared beside the newest.
     limit = args.checkpoints_total_limit + args.stop_on_drift
-    return max(0, min(existing + planned, max(limit, existing) + 1) - existing)
+    return min(planned, max(limit - existing, 0) + 1), min(planned, limit - existing)
 
 
 def checkpoint_bytes(networks, optimizers, run) -> int:
@@ -207,11 +224,13 @@ def result_bytes(run) -> int:
 def find_space(networks, optimizers, run) -> Space:
     """See `checkpoint_bytes`."""
     there = Path(run.args.output_dir, "adt_config.json").is_file()
-    return Space(checkpoint_bytes(networks, optimizers, run), num_checkpoints(run), 0 if there else result_bytes(run))
+    return Space(
+        checkpoint_bytes(networks, optimizers, run), *count_checkpoints(run), 0 if there else result_bytes(run)
+    )
 
 
 def bytes_to_come(directory, run) -> int:
-    """What the run will write on the disk of `directory`, which is for something else: 0 where it writes on another.
+    """What the run must have of the disk of `directory`, which is for something else: 0 where it writes on another.
 
     It is known before a weight is loaded, but for the discriminator, which is small, and for a method that trains some
     of the network's layers alone, which takes less. On every process.
@@ -221,7 +240,8 @@ def bytes_to_come(directory, run) -> int:
         os.makedirs(directory, exist_ok=True)
         if os.stat(directory).st_dev == os.stat(run.args.output_dir).st_dev:
             network = outline_network(run)
-            total = find_space([network], [make_generator_optimizer(network, run.args)], run).total
+            space = find_space([network], [make_generator_optimizer(network, run.args)], run)
+            total = space.required(run.args)
     return broadcast_object_list([total])[0]
 
 
@@ -240,8 +260,9 @@ def check_disk(generator, run):
         free = free_gb(args.output_dir)
         each, result = space.checkpoint / 1e9, space.result / 1e9
         takes = f"Checkpoints take {each:.3g} GB each, {each * space.num_checkpoints:.3g} GB more at once, the result "
-        takes += f"{result:.3g} GB, and {free:.3g} GB are free in {args.output_dir}"
-        if space.total / 1e9 > free and (limit > 0 or each + result > free):
+        takes += f"{result:.3g} GB, both {space.total / 1e9:.3g} GB at most, and {free:.3g} GB are free in "
+        takes += args.output_dir
+        if space.required(args) / 1e9 > free:
             lower = f" or a lower --checkpoints_total_limit than {limit}" if limit > 1 else ""
             sentence = f"{takes}: choose another --output_dir{lower}."
         elif space.total / 1e9 > free:

@@ -232,10 +232,6 @@ def save_checkpoint(iteration, run):
     args, accelerator = run.args, run.accelerator
     final = Path(args.output_dir, f"checkpoint-{iteration}")
     partial = Path(args.output_dir, f".{final.name}-partial")
-    if accelerator.is_main_process:
-        for left in Path(args.output_dir).glob(".checkpoint-*-partial"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-    accelerator.wait_for_everyone()
     errors = gather_object([writing_error(lambda: accelerator.save_state(str(partial)))])
     if not any(errors):
         write = (lambda: write_manifest(partial, iteration, run)) if accelerator.is_main_process else (lambda: None)
@@ -766,6 +762,8 @@ def adt_or_plain(args) -> Method:
 def create_output(args, accelerator) -> str | None:
     """Makes the output folder, and the Hub's repository where it is asked for, whose id it returns.
 
+    What a process that was killed left of a checkpoint is removed, before `check_disk` looks at what is free.
+
     Raises:
         ADTError: where the Hub cannot be reached, refuses the token or has no such place, or the token may not write.
     """
@@ -784,6 +782,8 @@ def create_output(args, accelerator) -> str | None:
         except Exception as error:
             raise ADTError(f"--push_to_hub: {repo_id} cannot be written with this token: {one_line(error)}") from error
     os.makedirs(args.output_dir, exist_ok=True)
+    for left in Path(args.output_dir).glob(".checkpoint-*-partial"):
+        shutil.rmtree(left, ignore_errors=True)
     return repo_id
 
 

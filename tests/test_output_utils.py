@@ -168,7 +168,7 @@ def test_full_disk_during_a_validation(run, full_disk, name):
     ) as error:
         run("--validation_prompts", "a red disc", "--checkpointing_steps", 2, "--validation_steps", 2,
             "--report_to", "none")  # fmt: skip
-    left = "There is no other." if name == "write_images" else "checkpoint-2 is whole: --resume_from_checkpoint latest"
+    left = "no checkpoint yet." if name == "write_images" else "checkpoint-2 is whole: --resume_from_checkpoint latest"
     assert left in str(error.value) and "\n" not in str(error.value)
 
 
@@ -205,7 +205,7 @@ def test_what_a_run_will_take(run, spaces, monkeypatch, tmp_path, more):
     assert space.num_checkpoints == 1 and space.checkpoint == pytest.approx(sum(sizes.values()), rel=0.1)
     assert space.result == pytest.approx(written, rel=0.01)
     # Before a weight is loaded, all but the discriminator.
-    assert estimate.result == space.result and coming == [estimate.total]
+    assert estimate.result == space.result and coming == [estimate.total] == [estimate.checkpoint + estimate.result]
     of_discriminator = sizes[checkpoint / "discriminator.safetensors"] + sizes[checkpoint / "optimizer_1.bin"]
     assert space.checkpoint - estimate.checkpoint == pytest.approx(of_discriminator, rel=0.1)
 
@@ -218,25 +218,58 @@ def test_disk_that_is_too_small(run, monkeypatch, tmp_path, caplog):
     drawn = []
     monkeypatch.setattr(Validation, "draw", lambda self: drawn.append(1))
     more = ("--checkpointing_steps", 1, "--max_train_steps", 6)
-    sentence = "take 30 GB each, 120 GB more at once, the result 0 GB, and 100 GB are free in .*/out: choose another"
+    sentence = (
+        "take 30 GB each, 120 GB more at once, .* 0 GB, both 120 GB at most, and 100 GB are free in .*/out: choose"
+    )
     with pytest.raises(ADTError, match=sentence):
         run(*more, "--validation_prompts", "a red disc")
     assert not drawn and list_checkpoints(tmp_path / "out") == []
     run(*more, "--checkpoints_total_limit", 2)
     run("--checkpointing_steps", 2)  # two in all, beside the two that are there
     run(*more, "--checkpoints_total_limit", 0, output_dir="all")
-    assert "180 GB more at once, the result 0 GB, and 100 GB are free" in caplog.text
+    assert "180 GB more at once, the result 0 GB, both 180 GB at most, and 100 GB are free" in caplog.text
     assert "not all of them fit" in caplog.text
     monkeypatch.setattr(disk_utils, "free_gb", lambda directory: 20.0)
     with pytest.raises(ADTError, match="20 GB are free"):
         run(*more, "--checkpoints_total_limit", 0, output_dir="none")
     # The result counts, unless it is written over one that is there.
     monkeypatch.setattr(disk_utils, "free_gb", lambda directory: 100.0)
-    monkeypatch.setattr(disk_utils, "result_bytes", lambda *args: 20e9)
+    monkeypatch.setattr(disk_utils, "result_bytes", lambda *args: 41e9)
     three = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--max_train_steps", 6)
-    with pytest.raises(ADTError, match="90 GB more at once, the result 20 GB, and 100 GB are free"):
+    with pytest.raises(ADTError, match="90 GB more at once, the result 41 GB, both 101 GB at most, and 100 GB"):
         run(*three, output_dir="full")
     run(*three, output_dir="all")
+
+
+@pytest.mark.parametrize(
+    ("existing", "limit", "more", "counts"),
+    [
+        (0, 3, {}, (4, 3)),
+        (0, 3, {"max_train_steps": 4}, (2, 2)),
+        (0, 3, {"max_train_steps": 1}, (1, 1)),  # if it is stopped
+        (0, 0, {}, (10, 10)),
+        (2, 3, {}, (2, 1)),
+        (5, 3, {}, (1, -2)),
+        (2, 3, {"first_iteration": 19}, (1, 1)),
+        (0, 0, {"stop_on_drift": True}, (14, 14)),  # 3, 9, 15 and 21, too
+        (0, 0, {"stop_on_drift": True, "first_iteration": 18}, (2, 2)),  # 20 and 21
+        (0, 3, {"stop_on_drift": True}, (5, 4)),
+    ],
+)
+def test_how_many_checkpoints_there_will_be(tmp_path, existing, limit, more, counts):
+    """Of 21 iterations, with one every 2 and a validation every 3: at once, and beside the result."""
+    for n in range(existing):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    options = {"first_iteration": 0, "max_train_steps": 21, "stop_on_drift": False} | more
+    first_iteration = options.pop("first_iteration")
+    args = types.SimpleNamespace(
+        output_dir=tmp_path, checkpointing_steps=2, validation_steps=3, checkpoints_total_limit=limit, **options
+    )
+    run = types.SimpleNamespace(args=args, first_iteration=first_iteration)
+    assert disk_utils.count_checkpoints(run) == counts
+    space = disk_utils.Space(30, *counts, 50)
+    assert space.total == max(30 * counts[0], 30 * counts[1] + 50)
+    assert space.required(args) == (space.total if limit else 80)
 
 
 # What a run is recognised by
@@ -272,11 +305,13 @@ def test_data_and_models_may_move(run, request, tmp_path, sd15_path, dataset_pat
         run(*resume, *moved)
 
 
-def test_what_a_killed_process_left_of_a_checkpoint_is_removed(run, tmp_path):
-    left = tmp_path / "out" / ".checkpoint-1-partial"
+def test_what_a_killed_process_left_of_a_checkpoint_is_removed(run, monkeypatch, tmp_path):
+    """Before its space is counted as taken."""
+    left, seen = tmp_path / "out" / ".checkpoint-1-partial", []
     left.mkdir(parents=True)
-    (run("--checkpointing_steps", 2, "--max_train_steps", 2) / "checkpoint-2" / "adt_checkpoint.json").read_text()
-    assert not left.exists()
+    monkeypatch.setattr(disk_utils, "free_gb", lambda directory: seen.append(left.exists()) or 100.0)
+    run("--max_train_steps", 1)
+    assert seen == [False]
 
 
 def test_a_signal_at_the_end_says_so(capfd):

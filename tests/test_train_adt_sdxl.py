@@ -297,9 +297,14 @@ def test_cache_needs_its_space_before_anything_is_encoded(run, cache, encoded, m
     monkeypatch.setattr(
         shutil, "disk_usage", lambda folder: free if Path(folder).name == "cache" else original(folder)
     )
-    for reserved, more in ((0, "and"), (10**8, "checkpoints and the result 0.1 GB of the same disk, and")):
+    fewer = ", or keep fewer checkpoints by --checkpoints_total_limit"
+    for reserved, more, or_fewer in (
+        (0, "and", ""),
+        (10**8, "checkpoints and the result 0.1 GB of the same disk, and", fewer),
+    ):
         monkeypatch.setattr(train, "bytes_to_come", lambda *args, reserved=reserved: reserved)
-        with pytest.raises(ADTError, match=f"cache needs 0.0 GB for 9 captions, {more} {reserved / 1e9:.1f} GB are f"):
+        sentence = f"cache needs 0.0 GB for 9 captions, {more} {reserved / 1e9:.1f} GB are free: choose a folder on "
+        with pytest.raises(ADTError, match=rf"{sentence}another disk{or_fewer}\.$"):
             run(*cache)
         free.free += 10**8
     assert encoded == ["", ""]
