@@ -55,17 +55,19 @@ def image_sizes(args) -> list[tuple[int, int]]:
     return [(args.resolution, args.resolution)]
 
 
-def drawn_sizes(dataset, args) -> list[tuple[int, int]]:
-    """(height, width) that images are drawn at, in turn: of the buckets that have images, the fullest first.
+def drawn_sizes(dataset, global_batch_size, args) -> list[tuple[int, int]]:
+    """(height, width) that images are drawn at, in turn: of the buckets that are trained on, the fullest first.
 
     Args:
         dataset: with the column `BUCKET`, where there are buckets.
+        global_batch_size: without as many images a bucket is never used, see `BucketSampler`.
     """
     sizes = image_sizes(args)
     if not args.use_aspect_ratio_buckets:
         return sizes
     counts = Counter(dataset[BUCKET][:])
-    return [sizes[bucket] for bucket in sorted(range(len(sizes)), key=lambda n: -counts[n]) if counts[bucket] > 0]
+    used = [bucket for bucket in range(len(sizes)) if counts[bucket] >= global_batch_size]
+    return [sizes[bucket] for bucket in sorted(used, key=lambda bucket: -counts[bucket])]
 
 
 def make_padded_grid(images, rows):
@@ -75,11 +77,11 @@ def make_padded_grid(images, rows):
     return make_image_grid(fields, rows=rows, cols=len(images) // rows)
 
 
-def describe_sizes(args) -> str:
-    """What a model card says of them, behind a sentence; nothing where images are square."""
+def describe_sizes(sizes, args) -> str:
+    """What a model card says of `drawn_sizes`, behind a sentence; nothing where images are square."""
     if not args.use_aspect_ratio_buckets:
         return ""
-    sizes = ", ".join(f"{height}x{width}" for height, width in image_sizes(args))
+    sizes = ", ".join(f"{height}x{width}" for height, width in sizes)
     return (
         f"\nImages were trained on at the size (height x width) of the nearest shape: {sizes}.\nThe call has "
         "the one that most of them had."

@@ -644,7 +644,8 @@ def load_micro_batches(run, save_checkpoint):
             for sentence in set(bad_images) - logged:
                 logger.warning(f"{sentence} The next one stands in for it.", main_process_only=False)
             logged.update(bad_images)
-            accelerator.log({"skipped_images": num_bad}, step=iteration + 1)
+            if iteration == group.start:  # else it was logged before the run was resumed among them
+                accelerator.log({"skipped_images": num_bad}, step=iteration + 1)
         if args.streaming:  # the iteration's checkpoint goes on behind it
             for examples in micro_batches:
                 run.dataset.positions |= examples["behind"]

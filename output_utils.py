@@ -502,7 +502,7 @@ class Validation:
 
     def __init__(self, generator, adversary, models, conditions, run):
         self.generator, self.models, self.conditions, self.run = generator, models, conditions, run
-        self.sizes = drawn_sizes(run.dataset, run.args) if conditions else []
+        self.sizes = drawn_sizes(run.dataset, run.global_batch_size, run.args) if conditions else []
         self.base_images = self.find_base_images()
         self.grids, self.drifted, self.guard = [], False, None
         if adversary is not None and len(conditions) > 1:
@@ -976,7 +976,8 @@ def write_model_card(sampler, has_images, run):
     """
     args, family = run.args, run.family
     call = family.inference_options(args)
-    height, width = drawn_sizes(run.dataset, args)[0]
+    sizes = drawn_sizes(run.dataset, run.global_batch_size, args)
+    height, width = sizes[0]
     if (height, width) != (run.default_size, run.default_size):
         call |= {"height": height, "width": width}
     sampler_facts = {name: sampler.config[name] for name in family.sampler_facts if name in sampler.config}
@@ -1009,7 +1010,7 @@ def write_model_card(sampler, has_images, run):
         + FUSED * args.fuse_lora
         + KOHYA * args.output_kohya_format
         + family.inference_note(args)
-        + describe_sizes(args),
+        + describe_sizes(sizes, args),
         image_prompts=args.validation_prompts if has_images else [],
         facts=facts,
         options={name: str(value).replace("|", "\\|") for name, value in sorted(facts["training_options"].items())},

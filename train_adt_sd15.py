@@ -371,6 +371,8 @@ def train(generator, adversary, models, validation, run):
                 # 4. Simulate inference.
                 generator.wrapped.eval()
                 roll_out(ahead, paths, generator, sampler, call_network, run)
+                for done in range(group.start, iteration):  # before the run was resumed
+                    del ahead[done]
         batches = ahead.pop(iteration)
         if adversary is None:
             values = update_finetune(batches, iteration, generator, models, run)
@@ -379,6 +381,7 @@ def train(generator, adversary, models, validation, run):
             for batch in batches:
                 check_latents(batch.rollout.latents, f"at iteration {iteration + 1}")
                 batch.generated = decode_latents(models.decoder, batch.rollout.latents)
+            del batch  # it would live through the next iteration's rollouts
             # 6. Update the discriminator.
             start_index, _ = paths[iteration]
             values = update_discriminator(batches, iteration, adversary, run)

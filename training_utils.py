@@ -290,8 +290,14 @@ def start_accelerator(args) -> Accelerator:
             "--adversarial_loss_weight is 0: plain fine-tuning. --diffusion_loss_weight, --generator_update_interval, "
             "--generator_start_step and the discriminator's options are ignored."
         )
+    compiles_whole = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    if compiles_whole and args.adversarial and args.rollouts_per_batch > 1:
+        raise ADTError(
+            "--rollouts_per_batch does not go with accelerate's dynamo_backend: each number of images on the path "
+            "would be compiled anew."
+        )
     if args.compile:
-        if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        if compiles_whole:
             raise ADTError("--compile and accelerate's dynamo_backend both compile the networks: give one of the two.")
         refuse_by_sentence(check_compiler, accelerator.device)
     if args.allow_tf32:

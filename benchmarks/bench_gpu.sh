@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Times iterations of three families, full and LoRA, eager and compiled, at their full size on one GPU; nothing is
-# downloaded. Tables go to OUTPUT/iteration-gpu.md, all samples to OUTPUT/iteration-gpu.jsonl:
+# Times iterations of three families, full and LoRA, eager and compiled, and rollouts one by one and together, at their
+# full size on one GPU; nothing is downloaded. Tables go to OUTPUT/iteration-gpu.md, all samples of the iterations to
+# OUTPUT/iteration-gpu.jsonl:
 #
 #     bash benchmarks/bench_gpu.sh [OUTPUT [OPTIONS...]]
 #
-# OPTIONS are those of bench_iteration.py and of the training scripts, such as `--num_steps 8` or `--attention_backend
-# cudnn`. PYTHON chooses the interpreter. What does not fit into the card's memory, or cannot be compiled, is said in
+# OPTIONS are those of the training scripts, and those that bench_iteration.py and rollouts.py share, such as `--num_steps 8`
+# or `--attention_backend cudnn`. PYTHON chooses the interpreter. What does not fit into the card's memory, or cannot be compiled, is said in
 # the tables' place; where compiling fails, the eager column is made alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -18,7 +18,7 @@ from tiny import make_dinov2, make_imagefolder
 import train_adt_sd15
 import train_adt_sdxl
 from adt_utils import FeatureNetwork
-from bucket_utils import BUCKET, default_buckets, image_sizes
+from bucket_utils import BUCKET, default_buckets, drawn_sizes, image_sizes
 from data_utils import (
     BucketSampler,
     ImageCaptionDataset,
@@ -192,6 +192,9 @@ def test_epochs_are_counted_and_what_they_leave_out_is_said(bucketed, caplog):
         "2 aspect ratio buckets have 11 of 14 images and 2 global batches an epoch, which leaves out 3 others each"
     )
     assert any(message in line and "3 are never used" in line for line in caplog.messages)
+    # What no batch has is not drawn either.
+    sizes = [drawn_sizes(dataset, global_batch_size, args) for global_batch_size in (3, 4, 6)]
+    assert sizes == [[(16, 24), (16, 16), (32, 16)], [(16, 24), (16, 16)], [(16, 24)]]
     args = args.replace(train_batch_size=7)
     with pytest.raises(ADTError, match="No aspect ratio bucket has 7 images, which are a global batch: take fewer"):
         images_per_epoch(dataset, args, Accelerator(cpu=True))
@@ -276,7 +279,7 @@ def test_runs_at_the_buckets_sizes(bucketed, family, tmp_path, monkeypatch):
     output = run_with(family, bucketed(*prompts, *more, output_dir="full"), tmp_path / "full")
     assert set(shapes) <= set(SIZES) and len(set(shapes)) > 1
     card = (output / "README.md").read_text()
-    assert "(height x width) of the nearest shape: 16x16, 16x24, 32x16." in card
+    assert "(height x width) of the nearest shape: 16x24, 16x16, 32x16." in card
     assert ("the original size of each image's bucket" in card) == (family.name == "sdxl")
     assert ", height=16, width=24)" in card
     # In turn those of 6, 5 and 3 images; a grid's fields have the largest sides, of 24 and 32.

@@ -326,13 +326,13 @@ def test_order_is_a_tensor():
 def loading(options):
     """What `make_dataloader` and `load_micro_batches` take of a run."""
 
-    def make(*more, accelerator=None):
+    def make(*more, accelerator=None, first_iteration=0):
         args = parse_args(options(*more))
         return types.SimpleNamespace(
             args=args,
             accelerator=accelerator or Accelerator(cpu=True),
             dataset=load_image_caption_dataset(args),
-            first_iteration=0,
+            first_iteration=first_iteration,
         )
 
     return make
@@ -424,6 +424,18 @@ def test_bad_images_are_replaced_by_the_next_that_decode(loading, dataset_path, 
     assert [sentence.split(" of")[0] for sentence in item.pop("bad_images")] == ["The image 6", "The image 7"]
     expected = images[0, 3, 1]
     assert expected.pop("bad_images") == [] and equal(item, expected)
+
+
+@pytest.mark.parametrize(("first_iteration", "logged"), [(0, {1: 0, 3: 1}), (2, {3: 1}), (3, {})])
+def test_bad_images_are_counted_once_a_group(loading, options, dataset_path, tmp_path, first_iteration, logged):
+    """Also where a run is resumed within one, and loads it again."""
+    bad = GlobalBatchSampler(8, parse_args(options())).dataset_index(5)  # the second image of the third iteration
+    data, found = copy_data(dataset_path, tmp_path / "data", [bad]), {}
+    more = ("--train_data_dir", data, "--check_images", "none", "--skip_bad_images", "--rollouts_per_batch", 2)
+    run = loading(*more, first_iteration=first_iteration)
+    run.accelerator.log = lambda values, step: found.update({step: values["skipped_images"]})
+    assert len(list(data_utils.load_micro_batches(run, None))) == 4 - first_iteration // 2 * 2
+    assert found == logged
 
 
 @pytest.mark.parametrize("together", [1, 2])

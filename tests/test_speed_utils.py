@@ -304,9 +304,16 @@ def test_benchmark_of_rollouts(capsys):
     ])  # fmt: skip
     lengths = [5 - rollouts.draw_path(iteration, args)[0] for iteration in range(5, 15)]
     calls = sum(lengths), max(lengths[:5]) + max(lengths[5:])
-    assert f"| sd15, 1 a batch | {calls[0]} / {calls[1]} | " in printed
-    ratios = [float(ratio) for ratio in re.findall(r"0\.\d+|1\.\d+", printed.splitlines()[-1])]
-    assert len(ratios) >= 4 and all(0 < ratio < 2 for ratio in ratios)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
+    header, _, row = lines
+    assert header == rollouts.HEADER and len(row) == len(header)
+    images, of_network, of_rollouts, of_intervals, rates = row
+    assert images == "sd15, 1 a batch" and of_network == f"{calls[0]} / {calls[1]}" and calls[1] <= calls[0]
+    assert float(of_rollouts) > 0
+    whole, least, most = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\)", of_intervals).groups())
+    assert 0 < least <= whole <= most
+    one_by_one, together = map(float, rates.split(" / "))
+    assert one_by_one > 0 and together / one_by_one == pytest.approx(1 / whole, rel=0.03)  # both are rounded
 
 
 def test_benchmark(tmp_path, capsys):

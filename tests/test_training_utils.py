@@ -287,6 +287,12 @@ def test_another_accumulation_than_the_options_is_refused(run, no_weights, monke
         run()
 
 
+def test_whole_networks_are_not_compiled_for_each_number_of_images(run, no_weights, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(ADTError, match="--rollouts_per_batch does not go with accelerate's dynamo_backend"):
+        run("--rollouts_per_batch", 2)
+
+
 def test_float16_without_a_gpu_is_refused(run, no_weights):
     if torch.accelerator.is_available():
         pytest.skip("there is a GPU")
