@@ -5,8 +5,8 @@
 #
 #     bash benchmarks/bench_gpu.sh [OUTPUT [OPTIONS...]]
 #
-# OPTIONS are those of the training scripts, and those that bench_iteration.py and rollouts.py share, such as `--num_steps 8`
-# or `--attention_backend cudnn`. PYTHON chooses the interpreter. What does not fit into the card's memory, or cannot be compiled, is said in
+# OPTIONS are those of bench_iteration.py and of the training scripts, such as `--num_steps 8` or `--attention_backend
+# cudnn`; with one that rollouts.py lacks, as `--rounds`, there is no table of rollouts. PYTHON chooses the interpreter. What does not fit into the card's memory, or cannot be compiled, is said in
 # the tables' place; where compiling fails, the eager column is made alone.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -31,6 +31,15 @@ for family in sd15 sdxl sd3; do
             failed=1
         done
     done
+    # Joined rollouts gain most with one image a batch.
+    options="--family $family --train_batch_size 1"
+    # shellcheck disable=SC2086
+    if ! "$python" benchmarks/rollouts.py --full_size --mixed_precision bf16 --gradient_checkpointing --num_intervals 5 \
+        $options "$@" >> "$output/iteration-gpu.md" 2> "$output/error.txt"; then
+        printf 'No rollouts for `%s`: %s\n' "$options" "$(tail -n 1 "$output/error.txt")" >> "$output/iteration-gpu.md"
+        failed=1
+    fi
+    echo >> "$output/iteration-gpu.md"
 done
 cat "$output/iteration-gpu.md"
 exit "$failed"
