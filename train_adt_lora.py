@@ -154,6 +154,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--true_cfg_scale", type=non_negative_float, default=None,
         help="Guidance by a negative prompt, where the pipeline calls it so; its own.")  # fmt: skip
     add("--negative_prompt", default=None, help="Of guidance; the pipeline's own, empty.")
+    add("--max_sequence_length", type=positive_int, default=None,
+        help="Tokens of the prompt, where the pipeline's call has it; its own.")  # fmt: skip
     add_adversarial_arguments(parser)
     add_discriminator_arguments(parser)
     add_output_arguments(parser)
@@ -298,10 +300,13 @@ def resolve_inference(args, pipeline, config):
     Qwen-Image's, call guidance by a negative prompt `true_cfg_scale`, and have it only where there is such a prompt.
     """
     name, call = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    given = {option: getattr(args, option) for option in ("num_inference_steps", "guidance_scale", "true_cfg_scale")}
+    options = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+    given = {option: getattr(args, option) for option in options}
     values = {
         option: call[option].default if value is None and option in call else value for option, value in given.items()
     }
+    if "max_sequence_length" not in call and given["max_sequence_length"] is not None:
+        raise ADTError(f"--max_sequence_length: the call of a {name} has no such argument.")
     if "true_cfg_scale" not in call and given["true_cfg_scale"] is not None:
         raise ADTError(f"--true_cfg_scale: {name} has guidance by --guidance_scale.")
     if "true_cfg_scale" in call and not config.get("guidance_embeds", False):
@@ -320,13 +325,14 @@ def resolve_inference(args, pipeline, config):
 
 def inference_options(args) -> dict:
     """What the pipeline is called with, beside the prompt and the size, to sample as in training."""
-    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt")
+    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def conditional_options(pipeline, args) -> dict:
     """What it is called with to predict for the prompt alone; a distilled guidance stays what it is."""
-    options = {"num_inference_steps": args.num_inference_steps}
+    names = ("num_inference_steps", "max_sequence_length")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
         guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
         return options | {"true_cfg_scale": 1.0} | guidance
