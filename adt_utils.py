@@ -14,7 +14,7 @@
 """What Adversarial Diffusion Tuning (ADT) is, apart from any model family, command line or accelerator.
 
 - the constrained backward path through a sampler: `constrained_step`, `select_train_steps`, `starting_latents`,
-  `simulate_inference` (equations 3, 4 and 10 to 13 of the paper);
+  `simulate_inference`, `simulate_together` (equations 3, 4 and 10 to 13 of the paper);
 - the discriminator: `DiffAugment`, `FeatureNetwork`, `SiameseDiscriminator`, `ProjectedDiscriminator` (3.1, A.2);
 - the adversarial losses: `discriminator_loss`, `generator_loss` (equations 8 and 9), `mismatched_partners`.
 
@@ -315,35 +315,88 @@ def simulate_inference(
         `SimulatedInference`, whose `latents` are `x_N` (the estimate of `x_0`), float32, attached to the leaves of
         `train_steps`.
     """
+
+    def predict_one(model_input, timestep, branches, active):
+        return predict(model_input, timestep, branches)
+
+    start = Start(latents, start_index, train_steps)
+    return simulate_together(predict_one, scheduler, [start], guidance_scale, guidance_rescale, gradient_path)[0]
+
+
+@dataclass
+class Start:
+    """Where one of the rollouts of `simulate_together` starts; as the arguments of `simulate_inference`."""
+
+    latents: torch.Tensor
+    start_index: int
+    train_steps: Sequence[int] = ()
+
+
+def simulate_together(
+    predict: Callable[[torch.Tensor, torch.Tensor, tuple[int, ...], list[int]], torch.Tensor],
+    scheduler,
+    starts: Sequence[Start],
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    gradient_path: str = "adt",
+) -> list[SimulatedInference]:
+    """`simulate_inference` from several starts, in one batch that each joins when the path reaches its start index.
+
+    So the network is called once a step, not once a step and start. All else is each rollout's own: its solver, with a
+    multistep one's history and its lower order in its first steps, and its guidance. What comes out is what
+    `simulate_inference` makes of each start, up to what the network's numerics owe to the size of a batch.
+
+    Args:
+        predict: `predict(model_input, timestep, branches, active)`, as `simulate_inference`'s; `active` are the
+            indices of the starts that the path has reached, ascending, and `model_input` has `len(branches) * B` rows
+            for each of them in turn, `B` its own.
+        scheduler, guidance_scale, guidance_rescale, gradient_path: see `simulate_inference`.
+        starts: one or more, with latents of one size and device.
+
+    Returns:
+        a `SimulatedInference` for each of the starts.
+    """
     check_scheduler(scheduler)
-    scheduler = copy.deepcopy(scheduler)  # a multistep solver's history and step index are this rollout's own
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(start_index)
     branches = (0, 1) if guidance_scale > 1 else (1,)
-    train_steps = set(train_steps)
-    kept = []
-    # The network's timesteps are on its device. The scheduler's are on the CPU: DDIM asks for their values six times a
+    # The network's timesteps are on its device. The schedulers' are on the CPU: DDIM asks for their values six times a
     # step, and each time the CPU would wait for the device.
-    device_timesteps = scheduler.timesteps.to(latents.device, non_blocking=True)
-    scheduler.timesteps = scheduler.timesteps.cpu()
-    sample = latents.float()
-    for index in range(start_index, len(scheduler.timesteps)):
-        timestep = device_timesteps[index]
+    timesteps = scheduler.timesteps.cpu()
+    device_timesteps = scheduler.timesteps.to(starts[0].latents.device, non_blocking=True)
+    rollouts = []
+    for start in starts:
+        solver = copy.deepcopy(scheduler)  # a multistep solver's history and step index are this rollout's own
+        if hasattr(solver, "set_begin_index"):
+            solver.set_begin_index(start.start_index)
+        solver.timesteps = timesteps
+        rollouts.append((start, solver, SimulatedInference(start.latents.float(), [], branches)))
+
+    for index in range(min(start.start_index for start in starts), len(timesteps)):
+        active = [n for n, start in enumerate(starts) if start.start_index <= index]
+        model_inputs = []
         with torch.no_grad():
-            model_input = torch.cat([sample] * len(branches))
-            if hasattr(scheduler, "scale_model_input"):
-                model_input = scheduler.scale_model_input(model_input, scheduler.timesteps[index])
-            prediction = predict(model_input, timestep, branches).float()
-        if index in train_steps:
-            prediction = prediction.detach().requires_grad_()
-            kept.append(TrainStep(index, timestep, model_input, prediction))
-        guided = prediction
-        if len(branches) == 2:
-            guided = classifier_free_guidance(prediction, guidance_scale, guidance_rescale)
-        sample = constrained_step(scheduler, guided, scheduler.timesteps[index], sample, gradient_path)
-    if len(kept) != len(train_steps):
-        raise ValueError(f"train_steps {sorted(train_steps)} are not all on the path from index {start_index}.")
-    return SimulatedInference(sample, kept, branches)
+            for _, solver, rollout in (rollouts[n] for n in active):
+                model_input = torch.cat([rollout.latents] * len(branches))
+                if hasattr(solver, "scale_model_input"):
+                    model_input = solver.scale_model_input(model_input, timesteps[index])
+                model_inputs.append(model_input)
+            prediction = predict(torch.cat(model_inputs), device_timesteps[index], branches, active).float()
+        predictions = prediction.split([len(model_input) for model_input in model_inputs])
+        for n, model_input, prediction in zip(active, model_inputs, predictions, strict=True):
+            start, solver, rollout = rollouts[n]
+            if index in start.train_steps:
+                prediction = prediction.detach().requires_grad_()
+                rollout.train_steps.append(TrainStep(index, device_timesteps[index], model_input, prediction))
+            guided = prediction
+            if len(branches) == 2:
+                guided = classifier_free_guidance(prediction, guidance_scale, guidance_rescale)
+            rollout.latents = constrained_step(solver, guided, timesteps[index], rollout.latents, gradient_path)
+
+    for start, _, rollout in rollouts:
+        if len(rollout.train_steps) != len(set(start.train_steps)):
+            raise ValueError(
+                f"train_steps {sorted(start.train_steps)} are not all on the path from index {start.start_index}."
+            )
+    return [rollout for _, _, rollout in rollouts]
 
 
 class DiffAugment:

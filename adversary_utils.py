@@ -39,7 +39,7 @@ from adt_utils import (
     mismatched_partners,
 )
 from data_utils import first_images, normalize_pixels
-from speed_utils import compile_layers
+from speed_utils import compile_hidden_states
 from training_utils import ADTError, make_lr_scheduler, make_optimizer, prepare_trained
 
 
@@ -89,7 +89,7 @@ def make_feature_network(args) -> FeatureNetwork:
     """In float32: the gradient of a score with respect to a pixel is a small number."""
     model = Dinov2Model.from_pretrained(args.discriminator_model_name_or_path, cache_dir=args.cache_dir)
     if args.compile:
-        compile_layers(model)
+        compile_hidden_states(model)
     return FeatureNetwork(model.float(), args.discriminator_layers, args.discriminator_resolution)
 
 

@@ -48,9 +48,10 @@ from diffusers.training_utils import find_nearest_bucket
 from PIL import ExifTags, Image, ImageOps
 from tqdm.auto import tqdm
 
-from bucket_utils import image_sizes
+from adt_utils import select_train_steps
+from bucket_utils import BUCKET, image_sizes
 from streaming_utils import Stream
-from training_utils import ADTError, concatenate
+from training_utils import ADTError, concatenate, is_generator_iteration, rollout_group
 
 
 logger = get_logger(__name__)
@@ -70,6 +71,15 @@ def draw_per_image(function, shape, seed, purpose, iteration, positions):
     return torch.stack(
         [function(shape, generator=make_generator(seed, purpose, iteration, position)) for position in positions]
     )
+
+
+def draw_path(iteration, args) -> tuple[int, list[int]]:
+    """The start index of an iteration's whole global batch, and the steps that send a gradient, if any do."""
+    generator, num_steps = make_generator(args.seed, "path", iteration), args.num_inference_steps
+    start_index = torch.randint(num_steps, (1,), generator=generator).item()
+    if not is_generator_iteration(iteration, args):
+        return start_index, []
+    return start_index, select_train_steps(start_index, num_steps, args.num_gradient_steps, generator)
 
 
 # The data set
@@ -197,9 +207,6 @@ def describe_image(index, path) -> str:
 
 
 # Buckets of aspect ratios
-
-
-BUCKET = "aspect_ratio_bucket"  # a column: the index in `image_sizes(args)`, -1 for what is not used
 
 
 def sort_into_buckets(dataset, indices, args) -> list[int]:
@@ -564,12 +571,13 @@ def leave_signals_alone(worker_id):
 
 
 def make_dataloader(run) -> torch.utils.data.DataLoader:
-    """This process's micro-batches, from the run's first iteration on; its workers live as long as an iterator."""
+    """This process's micro-batches, as `load_micro_batches` says; its workers live as long as an iterator."""
     args, accelerator = run.args, run.accelerator
+    first_iteration = rollout_group(run.first_iteration, args).start
     return torch.utils.data.DataLoader(
         ImageCaptionDataset(run.dataset, args),
         batch_sampler=make_batch_sampler(
-            run.dataset, args, accelerator.num_processes, accelerator.process_index, run.first_iteration
+            run.dataset, args, accelerator.num_processes, accelerator.process_index, first_iteration
         ),
         collate_fn=collate_fn,
         num_workers=args.dataloader_num_workers,
@@ -599,8 +607,11 @@ def stream_micro_batches(run):
 def load_micro_batches(run, save_checkpoint):
     """Yields this process's micro-batches, as `collate_fn` makes them, from the run's first iteration on.
 
+    They are loaded by `rollout_group`, which is one iteration by default; from the first one of it, where the run is
+    resumed among them.
+
     An image that does not decode ends the run, on all processes and with a checkpoint of the iterations before. With
-    `--skip_bad_images` it is logged, and counted as `skipped_images` of its iteration.
+    `--skip_bad_images` it is logged, and counted as `skipped_images` of its iteration, or of its group's first.
 
     Args:
         save_checkpoint: `output_utils`' function.
@@ -610,8 +621,10 @@ def load_micro_batches(run, save_checkpoint):
     """
     args, accelerator = run.args, run.accelerator
     loader, logged = stream_micro_batches(run) if args.streaming else iter(make_dataloader(run)), set()
-    for iteration in range(run.first_iteration, args.max_train_steps):
-        micro_batches = [next(loader) for _ in range(args.gradient_accumulation_steps)]
+    iteration = run.first_iteration
+    while iteration < args.max_train_steps:  # which are done before it
+        group = rollout_group(iteration, args)
+        micro_batches = [next(loader) for _ in range(len(group) * args.gradient_accumulation_steps)]
         bad_images = [sentence for examples in micro_batches for sentence in examples["bad_images"]]
         counts = [len(bad_images), sum("pixel_values" not in examples for examples in micro_batches)]
         if accelerator.num_processes > 1:
@@ -637,6 +650,7 @@ def load_micro_batches(run, save_checkpoint):
                 run.dataset.positions |= examples["behind"]
         while micro_batches:
             yield micro_batches.pop(0)
+        iteration = group.stop
 
 
 # What is checked of the images at a start
@@ -650,8 +664,7 @@ def check_used_images(dataset, first_iteration, args, accelerator):
     """Checks the images that a run will use as far as `--check_images` says; warns of empty captions.
 
     Of a stream the first rows alone are looked at. That images exist is looked up in any case, by the main process.
-    Decoding is shared out over the processes. A check
-    of all images that found nothing is remembered in the datasets' cache.
+    Decoding is shared out over the processes. What a check of all images found is remembered in the datasets' cache.
 
     Raises:
         ADTError: on every process, naming an image; with `--skip_bad_images` there is a warning instead.
@@ -671,18 +684,33 @@ def check_used_images(dataset, first_iteration, args, accelerator):
     bad_images, fingerprint = broadcast_object_list([bad_images, fingerprint])
     report_bad_images(bad_images, len(used), args)
 
-    remembered = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "checked_images", fingerprint)
-    to_decode = used
-    if args.check_images == "sample":
+    if args.check_images == "all":
+        file = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE, "checked_images", fingerprint)
+        report_bad_images(check_all_images(file, dataset, used, args, accelerator), len(used), args)
+    elif args.check_images == "sample":
         generator = make_generator(args.seed, "check", first_iteration)
         to_decode = used[torch.randperm(len(used), generator=generator)[:SAMPLE_SIZE]]
-    elif args.check_images == "none" or broadcast_object_list([remembered.exists()])[0]:
-        to_decode = used[:0]
-    bad_images = find_bad_images(dataset, to_decode, args, accelerator)
-    report_bad_images(bad_images, len(to_decode), args)
-    if args.check_images == "all" and not bad_images and accelerator.is_main_process:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        remembered.touch()
+        report_bad_images(find_bad_images(dataset, to_decode, args, accelerator), len(to_decode), args)
+
+
+def check_all_images(file, dataset, indices, args, accelerator) -> list[str]:
+    """`find_bad_images` of all, or what it found before: `file` has a line for each of them.
+
+    What ended at the first bad image is not remembered.
+    """
+    bad_images = None
+    if accelerator.is_main_process and file.is_file():
+        bad_images = [json.loads(line) for line in file.read_text().splitlines()]
+    bad_images = broadcast_object_list([bad_images])[0]
+    if bad_images is not None:
+        return bad_images
+    bad_images = find_bad_images(dataset, indices, args, accelerator)
+    if accelerator.is_main_process and (args.skip_bad_images or not bad_images):
+        partial = file.with_name(f".{file.name}-partial")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(f"{json.dumps(sentence)}\n" for sentence in bad_images))
+        partial.rename(file)
+    return bad_images
 
 
 def check_first_rows(stream, args, accelerator):
@@ -889,12 +917,13 @@ class EmbeddingCache:
         encode: (B captions) to a dict of (B, ...) tensors.
         fingerprint: of the encoders, see `fingerprint_text_encoders`.
         like: what `encode` gives for one caption: the shapes and precisions.
+        reserved: bytes of the same disk that the run will take for other things.
 
     Raises:
         ADTError: if a file is damaged, or not seen by all processes, or there is too little space for what is missing.
     """
 
-    def __init__(self, directory, captions, encode, fingerprint, like, accelerator):
+    def __init__(self, directory, captions, encode, fingerprint, like, accelerator, reserved=0):
         self.directory, self.fingerprint, self.like = Path(directory), fingerprint[:16], like
         self.directory.mkdir(parents=True, exist_ok=True)
         self.open_files()
@@ -902,10 +931,11 @@ class EmbeddingCache:
         needed = len(missing) * sum(value.nbytes for value in like.values())
         free = shutil.disk_usage(self.directory).free
         # It waits for all, too: else some would see what others have made already.
-        if not all(gather_object([needed <= free])):
+        if not all(gather_object([not missing or needed + reserved <= free])):
+            more = f"checkpoints and the result {reserved / 1e9:.1f} GB of the same disk, " if reserved else ""
             raise ADTError(
-                f"--cache_text_embeddings {directory} needs {needed / 1e9:.1f} GB for {len(missing)} captions, and "
-                f"{free / 1e9:.1f} GB are free."
+                f"--cache_text_embeddings {directory} needs {needed / 1e9:.1f} GB for {len(missing)} captions, {more}"
+                f"and {free / 1e9:.1f} GB are free."
             )
         parts = [missing[first : first + CAPTIONS_PER_FILE] for first in range(0, len(missing), CAPTIONS_PER_FILE)]
         own = parts[accelerator.process_index :: accelerator.num_processes]

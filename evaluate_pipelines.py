@@ -60,7 +60,7 @@ class Candidate:
     scheduler: str | None = None  # a scheduler's configuration, in place of the pipeline's
     vae: str | None = None  # in place of the pipeline's
     options: dict = field(default_factory=dict)  # what it was trained with
-    inference: dict = field(default_factory=dict)  # how training, once it has ended, says that it sampled
+    inference: dict = field(default_factory=dict)  # how training says that it samples
     sampling: dict = field(default_factory=dict)  # `sampling_options`
 
 
@@ -110,12 +110,16 @@ def checkpoint_candidates(run, folder) -> list[Candidate]:
     if not found:
         raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
     result, candidates = folder / "adt_config.json", []
-    inference = json.loads(result.read_text())["inference"] if result.is_file() else {}
+    inference = json.loads(result.read_text())["inference"] if result.is_file() else None
     for checkpoint in found:
         facts = json.loads((checkpoint / "adt_checkpoint.json").read_text())
         iteration, base = facts["iteration"], facts["config"]["pretrained_model_name_or_path"]
         candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration, options=facts["config"])
-        candidate.inference = inference
+        if inference is None:  # the run has not ended: by what the checkpoint says
+            steps = facts["config"].get("num_inference_steps")
+            candidate.inference = facts["schedule"] | {"num_inference_steps": steps}
+        else:
+            candidate.inference = inference
         averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
         trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
         if trained:

@@ -224,7 +224,7 @@ def quantization_options(args, dtype, device) -> dict:
     if config is None:
         return {}
     config = BitsAndBytesConfig(**{"bnb_4bit_compute_dtype": dtype} | config)
-    return {"quantization_config": config, "torch_dtype": dtype, "device_map": {"": device}}
+    return {"quantization_config": config, "dtype": dtype, "device_map": {"": device}}
 
 
 def keep_norms_in_float32(network):

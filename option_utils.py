@@ -251,7 +251,7 @@ def add_data_arguments(parser):
     add("--shuffle_buffer_size", Nature.STREAMING, type=positive_int, default=1000,
         help="With --streaming: rows that are shuffled together, of each process that trains.")  # fmt: skip
     add("--use_aspect_ratio_buckets", Nature.BUCKETS, action=BOOLEAN, default=False,
-        help="Train each image at the size whose shape is the nearest, not square.")  # fmt: skip
+        help="Train each image at the size whose shape is the nearest, not square; validate at these.")  # fmt: skip
     add("--aspect_ratio_buckets", Nature.BUCKETS, type=buckets_of, default=None,
         help="Those sizes, as height,width;height,width; else from 1:2 to 2:1, of --resolution's pixels.")  # fmt: skip
 
@@ -364,6 +364,8 @@ def add_adversarial_arguments(parser):
     add("--generator_update_interval", type=positive_int, default=5, help="Iterations a generator update.")
     add("--generator_start_step", type=non_negative_int, default=0,
         help="Iterations in which only the discriminator trains.")  # fmt: skip
+    add("--rollouts_per_batch", Nature.FREE, type=positive_int, default=1,
+        help="Iterations between generator updates whose rollouts run in one batch; more memory.")  # fmt: skip
 
 
 def add_discriminator_arguments(parser):
@@ -482,6 +484,11 @@ SHARD_EXCLUDES = {
     "use_lora": "what adapters train is small, and data parallelism alone is faster",
     "compile": "the weights are gathered between what would be compiled",
 }
+ROLLOUTS_EXCLUDE = {
+    "compile": "each number of images on the path would be compiled anew",
+    "streaming": "a checkpoint among those iterations would be behind where the stream is",
+    "use_aspect_ratio_buckets": "the iterations' images differ in size",
+}
 
 
 def check_options(args, parser):
@@ -508,6 +515,15 @@ def check_options(args, parser):
             parser.error(f"--shard does not go with --{flag}: {reason}.")
     if args.shard and args.optimizer != "adamw":
         parser.error(f"--shard divides AdamW's state, not that of --optimizer {args.optimizer}.")
+    if args.adversarial and args.rollouts_per_batch > 1:
+        for flag, reason in ROLLOUTS_EXCLUDE.items():
+            if getattr(args, flag):
+                parser.error(f"--rollouts_per_batch does not go with --{flag}: {reason}.")
+        if args.rollouts_per_batch > args.generator_update_interval:
+            parser.error(
+                f"--rollouts_per_batch {args.rollouts_per_batch} is more than --generator_update_interval "
+                f"{args.generator_update_interval}: after an update the generator draws other images."
+            )
     num_prompts = len(args.validation_prompts or []) if args.adversarial else 0
     for flag in ("stop_on_drift", "drift_clip_model_name_or_path"):
         if getattr(args, flag) and num_prompts < 2:

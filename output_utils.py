@@ -39,19 +39,26 @@ import transformers
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import AutoencoderKL
-from diffusers.utils import make_image_grid
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, upload_folder
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from adversary_utils import DriftGuard, norm_group
-from bucket_utils import describe_sizes
+from bucket_utils import describe_sizes, drawn_sizes, make_padded_grid
 from config_utils import CONFIG, write_config
 from data_utils import digest_of, identify_data, make_generator
-from memory_utils import optimizer_state_bytes
+from disk_utils import (
+    check_disk,
+    checkpoint_iteration,
+    free_gb,
+    list_checkpoints,
+    what_is_left,
+    write_or_end,
+    write_together,
+    writing_error,
+)
 from option_utils import Nature
 from sharding_utils import load_whole, own_parts, whole_network
 from training_utils import (
@@ -66,6 +73,7 @@ from training_utils import (
 
 
 logger = get_logger(__name__)
+VALIDATION_IMAGES = "The validation images"  # in messages
 GOOD = "validated"  # a file in a checkpoint whose validation images had not drifted
 ADAPTERS = "pytorch_lora_weights.safetensors"  # what `load_lora_weights` looks for
 KOHYA_ADAPTERS = "pytorch_lora_weights_kohya.safetensors"  # as diffusers' examples call it
@@ -120,10 +128,16 @@ def identify_run(args, schedule, dataset, accelerator) -> dict:
 
 
 def sampler_schedule(sampler) -> dict:
-    """{"sigmas": list} of a flow-matching sampler after `set_timesteps`, the last one 0; else {"timesteps": list}."""
+    """What a sampler's noise levels are after `set_timesteps`, and by which class.
+
+    Returns:
+        {"scheduler": class's name, "timesteps": list}; with flow matching "sigmas" in place of these, the last one 0.
+    """
     if "shift" in sampler.config or sampler.config.get("use_flow_sigmas", False):
-        return {"sigmas": sampler.sigmas.tolist()}
-    return {"timesteps": sampler.timesteps.tolist()}
+        levels = {"sigmas": sampler.sigmas.tolist()}
+    else:
+        levels = {"timesteps": sampler.timesteps.tolist()}
+    return {"scheduler": type(sampler).__name__} | levels
 
 
 def identify_model(path) -> str:
@@ -195,7 +209,7 @@ def check_identity(path, before, now, args):
                 names = [name for name in ("captions", "names", "sizes") if of_data[name] != data[name]]
                 what = "other captions" if names == ["captions"] else "image files of other names or sizes"
             raise ADTError(f"The checkpoint {path} was made with other data: {what}.")
-    for name in before["schedule"].keys() | now["schedule"].keys():
+    for name in ("sigmas", "timesteps"):
         old, new = (np.array(found["schedule"].get(name, [])) for found in (before, now))
         if old.shape != new.shape or not np.allclose(old, new, rtol=1e-4, atol=1e-6):
             raise ADTError(
@@ -206,16 +220,6 @@ def check_identity(path, before, now, args):
 
 
 # Checkpoints
-
-
-def checkpoint_iteration(path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
-
-
-def list_checkpoints(output_dir) -> list[Path]:
-    """The checkpoints in `output_dir`, by their iteration."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=checkpoint_iteration)
 
 
 def save_checkpoint(iteration, run):
@@ -262,95 +266,6 @@ def write_manifest(directory, iteration, run):
     files = {str(file.relative_to(directory)): file.stat().st_size for file in directory.rglob("*") if file.is_file()}
     manifest = {"iteration": iteration, **run.identity, "files": files}
     (directory / "adt_checkpoint.json").write_text(json.dumps(manifest, indent=2))
-
-
-class WritingError(RuntimeError):
-    """What kept the main process from writing a file, raised on every process."""
-
-
-def writing_error(write) -> str | None:
-    """Calls `write`. Returns what kept it from writing a file, as a full disk does; other errors are raised."""
-    try:
-        write()
-    except WritingError as error:
-        return str(error)
-    except SafetensorError as error:
-        return f"{error}."
-    except OSError as error:
-        if error.errno is None:  # not the system's
-            raise
-        return f"{error}."
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # `torch.save`'s; it does not name the cause
-            raise
-        return f"{str(error).splitlines()[0]}."
-
-
-def write_together(write, accelerator, everywhere=False):
-    """Has the main process write, or every one; what keeps one from that is raised on all of them.
-
-    Else the others would wait for it for ever, where a sharded network is gathered next.
-    """
-    writes = everywhere or accelerator.is_main_process
-    for error in filter(None, gather_object([writing_error(write) if writes else None])):
-        raise WritingError(error)
-
-
-def free_gb(directory) -> float:
-    return shutil.disk_usage(directory).free / 1e9
-
-
-def what_is_left(directory) -> str:
-    """What a run that ends in an error says of its checkpoints."""
-    left = list_checkpoints(directory)
-    return (
-        f"{left[-1].name} is whole: --resume_from_checkpoint latest goes on there." if left else "There is no other."
-    )
-
-
-def checkpoint_bytes(generator, run) -> int:
-    """What a checkpoint takes: networks, the average, and the optimizers' states."""
-    accelerator, total = run.accelerator, 0
-    for model in map(accelerator.unwrap_model, accelerator._models):
-        is_generator = model is generator.network
-        adapters = is_generator and run.args.use_lora
-        values = trainable_parameters(model) if adapters else model.state_dict().values()
-        copies = 2 if is_generator and generator.ema is not None else 1
-        total += copies * sum(value.numel() * value.element_size() for value in values)
-    for optimizer in accelerator._optimizers:
-        total += optimizer_state_bytes(optimizer.optimizer)
-    return total
-
-
-def check_disk(generator, run):
-    """Says what the checkpoints will take, and refuses a run of which not all that are kept fit on the disk.
-
-    Raises:
-        ADTError: with what is needed and what is free.
-    """
-    args, sentence = run.args, None
-    limit = args.checkpoints_total_limit
-    if run.accelerator.is_main_process:
-        existing = len(list_checkpoints(args.output_dir))
-        planned = args.max_train_steps // args.checkpointing_steps - run.first_iteration // args.checkpointing_steps
-        planned = max(1, planned)  # a run that is stopped writes one
-        # One more is there while it is written, and the last good one is spared beside the newest.
-        at_once = min(existing + planned, max(limit + args.stop_on_drift, existing) + 1)
-        needed_at_once = planned if limit == 0 else max(0, at_once - existing)
-        each, free = checkpoint_bytes(generator, run) / 1e9, free_gb(args.output_dir)
-        needed = each * needed_at_once
-        takes = f"Checkpoints take {each:.3g} GB each, {needed:.3g} GB more at once"
-        takes += f", and {free:.3g} GB are free in {args.output_dir}"
-        if needed > free and (limit > 0 or each > free):
-            lower = f" or a lower --checkpoints_total_limit than {limit}" if limit > 1 else ""
-            sentence = f"{takes}: choose another --output_dir{lower}."
-        elif needed > free:
-            logger.warning(f"{takes}: not all of them fit.")
-        else:
-            logger.info(f"{takes}.")
-    sentence = broadcast_object_list([sentence])[0]
-    if sentence is not None:
-        raise ADTError(sentence)
 
 
 def last_good_checkpoint(directory) -> Path | None:
@@ -576,6 +491,7 @@ class Interruption:
 class Validation:
     """Images of the validation prompts, by the training sampler and guidance, from the same noise each time.
 
+    With aspect ratio buckets each prompt's images are at their sizes in turn, see `drawn_sizes`.
     The base pipeline's are drawn when this is made, which must be before a checkpoint is loaded: there is no second
     copy of the base's weights. They are kept in `validation/base`, for when the run is resumed. Without validation
     prompts it does nothing.
@@ -584,12 +500,13 @@ class Validation:
         conditions: for each prompt what `draw_prompt` draws it by: its embeddings, a dict of (1, ...).
 
     Attributes:
-        grids: the last images, one PIL image for each prompt, on the main process.
+        grids: the last images, one PIL image for each prompt, base images above tuned ones.
         drifted: whether the run is to end, because what it draws has drifted.
     """
 
     def __init__(self, generator, adversary, models, conditions, run):
         self.generator, self.models, self.conditions, self.run = generator, models, conditions, run
+        self.sizes = drawn_sizes(run.dataset, run.args) if conditions else []
         self.base_images = self.find_base_images()
         self.grids, self.drifted, self.guard = [], False, None
         if adversary is not None and len(conditions) > 1:
@@ -611,6 +528,7 @@ class Validation:
         record = {
             "prompts": args.validation_prompts,
             "images": args.num_validation_images,
+            "sizes": self.sizes,
             "scheduler": {name: value for name, value in sampler.config.items() if name[0] != "_"},
             "call": self.run.family.inference_options(args),
             "models": self.run.identity["models"],
@@ -624,8 +542,7 @@ class Validation:
         if found is not None:
             return found
         images = self.draw()
-        if accelerator.is_main_process:
-            write_images(directory, record, images)
+        write_or_end(VALIDATION_IMAGES, lambda: write_images(directory, record, images), self.run)
         return images
 
     def is_due(self, done) -> bool:
@@ -637,7 +554,7 @@ class Validation:
         """Draws, logs a grid for each prompt, and looks for drift; with `--stop_on_drift` that decides on the run."""
         if not self.conditions:
             return
-        args, accelerator = self.run.args, self.run.accelerator
+        args = self.run.args
         drifted = self.draw_and_check(done)
         if not args.stop_on_drift:
             return
@@ -645,17 +562,17 @@ class Validation:
         if not self.drifted:
             if done % args.checkpointing_steps != 0:  # else there is one already
                 save_checkpoint(done, self.run)
-            if accelerator.is_main_process:
-                Path(args.output_dir, f"checkpoint-{done}", GOOD).touch()
+            mark = Path(args.output_dir, f"checkpoint-{done}", GOOD)
+            write_or_end(f"The mark of {mark.parent.name}", mark.touch, self.run)
 
     def draw_and_check(self, done) -> bool:
         """Draws with the averaged weights, where there are any. Returns, on the main process, if there is drift."""
         with self.generator.averaged():
             tuned_images = self.draw()
-        if not self.run.accelerator.is_main_process:
-            return False
-        self.grids = log_validation(self.base_images, tuned_images, done, self.run)
-        if self.guard is None:
+        pairs = zip(self.base_images, tuned_images, strict=True)
+        self.grids = [make_padded_grid(base + tuned, rows=2) for base, tuned in pairs]
+        write_or_end(VALIDATION_IMAGES, lambda: log_validation(self.grids, done, self.run), self.run)
+        if self.guard is None or not self.run.accelerator.is_main_process:
             return False
         kept, drifted = self.guard.check(tuned_images)
         self.run.accelerator.log(kept, step=done)
@@ -718,22 +635,23 @@ class Validation:
 
     def draw_prompt(self, n, pipeline) -> list[Image.Image]:
         args, vae = self.run.args, self.models.vae
-        side = args.resolution // pipeline.vae_scale_factor
         negative = {f"negative_{name}": value for name, value in self.models.prompt_encoder.negative.items()}
         # In float32, since a pipeline may give the latents the embeddings' precision.
         embeddings = {name: value.float() for name, value in (self.conditions[n] | negative).items()}
         images = []
         for j in range(args.num_validation_images):
             generator = make_generator(args.seed, "validation", n, j)
-            noise = torch.randn((1, vae.config.latent_channels, side, side), generator=generator)
+            height, width = self.sizes[j % len(self.sizes)]
+            latent_sides = (side // pipeline.vae_scale_factor for side in (height, width))
+            noise = torch.randn((1, vae.config.latent_channels, *latent_sides), generator=generator)
             # A sampler that adds noise draws it from here in the pipelines that hand it no generator, such as SD3's.
             torch.manual_seed(generator.initial_seed())
             latents = pipeline(
                 **embeddings,
                 latents=noise.to(self.run.accelerator.device),
                 generator=generator,  # of a sampler that adds noise
-                height=args.resolution,
-                width=args.resolution,
+                height=height,
+                width=width,
                 output_type="latent",
                 **self.run.family.inference_options(args),
             ).images
@@ -764,22 +682,18 @@ def write_images(directory, record, images):
     (directory / "record.json").write_text(record)
 
 
-def log_validation(base_images, tuned_images, done, run) -> list[Image.Image]:
-    """Writes a grid for each prompt, base images above tuned ones, and sends it to the trackers. Returns the grids."""
+def log_validation(grids, done, run):
+    """Writes the grids of images, one for each prompt, and sends them to the trackers."""
     directory = Path(run.args.output_dir, "validation")
     directory.mkdir(parents=True, exist_ok=True)
-    grids = []
-    for n, (base, tuned) in enumerate(zip(base_images, tuned_images, strict=True)):
-        grid = make_image_grid(base + tuned, rows=2, cols=len(base))
+    for n, grid in enumerate(grids):
         grid.save(directory / f"iteration-{done:06d}-prompt-{n}.png")
-        grids.append(grid)
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
             stacked = np.stack([np.asarray(grid) for grid in grids])
             tracker.writer.add_images("validation", stacked, done, dataformats="NHWC")
         elif tracker.name == "wandb":
             tracker.log_images({"validation": grids}, step=done)
-    return grids
 
 
 # The result
@@ -853,7 +767,7 @@ def create_output(args, accelerator) -> str | None:
     """Makes the output folder, and the Hub's repository where it is asked for, whose id it returns.
 
     Raises:
-        ADTError: where the Hub cannot be reached, refuses the token or has no such place.
+        ADTError: where the Hub cannot be reached, refuses the token or has no such place, or the token may not write.
     """
     if not accelerator.is_main_process:
         return None
@@ -864,6 +778,11 @@ def create_output(args, accelerator) -> str | None:
             repo_id = create_repo(repo_id=name, exist_ok=True, token=args.hub_token).repo_id
         except Exception as error:  # of the Hub's, of its library or of the network's
             raise ADTError(f"--push_to_hub: {name} cannot be made on the Hub: {one_line(error)}") from error
+        try:
+            # With `exist_ok` a token that may only read passes where the repository is there.
+            auth_check(repo_id, token=args.hub_token, write=True)
+        except Exception as error:
+            raise ADTError(f"--push_to_hub: {repo_id} cannot be written with this token: {one_line(error)}") from error
     os.makedirs(args.output_dir, exist_ok=True)
     return repo_id
 
@@ -1057,8 +976,9 @@ def write_model_card(sampler, has_images, run):
     """
     args, family = run.args, run.family
     call = family.inference_options(args)
-    if args.resolution != run.default_size:
-        call |= {"height": args.resolution, "width": args.resolution}
+    height, width = drawn_sizes(run.dataset, args)[0]
+    if (height, width) != (run.default_size, run.default_size):
+        call |= {"height": height, "width": width}
     sampler_facts = {name: sampler.config[name] for name in family.sampler_facts if name in sampler.config}
     inference = {"scheduler": type(sampler).__name__, **sampler_facts, **call}
     described = ", ".join(f"{name.replace('_', ' ')} {value or repr(value)}" for name, value in inference.items())

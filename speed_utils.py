@@ -13,7 +13,7 @@
 # limitations under the License.
 """Faster networks and optimizers, which compute what slower ones do but for rounding.
 
-- `check_compiler`, `compile_blocks`, `compile_whole`, `compile_layers`: `--compile`;
+- `check_compiler`, `compile_blocks`, `compile_whole`, `compile_hidden_states`: `--compile`;
 - `use_attention_backend`: `--attention_backend`;
 - `fuse_optimizer`: AdamW in one kernel.
 
@@ -23,6 +23,7 @@ It stands on nothing of this project; what it refuses is a `ValueError` with a s
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_outputs import BaseModelOutput
 
 
 # Compiled networks
@@ -66,14 +67,27 @@ def compile_whole(module) -> None:
     module.compile(**compile_options())
 
 
-def compile_layers(model) -> None:
-    """Compiles the layers of a frozen transformers encoder.
+def compile_hidden_states(model) -> None:
+    """Compiles the way of a frozen DINOv2 to its hidden states as one function, in place.
 
-    Their forwards alone: the library gathers hidden states by hooks on the layers, which cannot be compiled. (It has
-    one more on a layer's attention, where the compiled layer is in two parts.)
+    It is a loop of its own, since what the library collects hidden states by, a lock and hooks, cannot be traced: its
+    forward would fall into parts of layers, which are slower than eager ones.
     """
-    for layer in model.encoder.layer:
-        layer.forward = torch.compile(layer.forward, **compile_options())
+
+    def collect(pixel_values):
+        hidden_states = [model.embeddings(pixel_values)]
+        for layer in model.encoder.layer:
+            output = layer(hidden_states[-1])
+            hidden_states.append(output[0] if isinstance(output, tuple) else output)  # by the library's version
+        return tuple(hidden_states)
+
+    def forward(pixel_values, output_hidden_states=False):
+        if output_hidden_states:
+            return BaseModelOutput(hidden_states=compiled(pixel_values))
+        return eager(pixel_values=pixel_values)
+
+    compiled, eager = torch.compile(collect, **compile_options()), model.forward
+    model.forward = forward
 
 
 # Attention

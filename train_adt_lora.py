@@ -135,6 +135,7 @@ ABSENT = {
     "use_aspect_ratio_buckets", "aspect_ratio_buckets", "decoder_model_name_or_path",
     "noise_offset",  # the start, noise included, is the pipeline's
     "replay_branches",  # a call of the denoiser is replayed as the pipeline made it
+    "rollouts_per_batch",  # a rollout is a call of the pipeline
 }  # fmt: skip
 
 

@@ -50,10 +50,7 @@ from adt_utils import (
     DiffAugment,
     discriminator_loss,
     generator_loss,
-    select_train_steps,
     signal_and_noise_levels,
-    simulate_inference,
-    starting_latents,
     update_spectral_norm,
 )
 from adversary_utils import adversarial_weight, check_adversary, make_adversary, score_gap
@@ -61,6 +58,7 @@ from data_utils import (
     EmbeddingCache,
     OnDevice,
     check_used_images,
+    draw_path,
     draw_per_image,
     fingerprint_text_encoders,
     images_per_epoch,
@@ -70,6 +68,7 @@ from data_utils import (
     make_generator,
     normalize_pixels,
 )
+from disk_utils import bytes_to_come
 from option_utils import add_arguments, add_schedule_arguments, add_text_encoder_arguments, adder, parse_options
 from output_utils import (
     Interruption,
@@ -115,6 +114,8 @@ from training_utils import (
     prepare_generator,
     prepare_network,
     resolve_schedule,
+    roll_out,
+    rollout_group,
     sample_posterior,
     start_accelerator,
     vae_factor,
@@ -296,10 +297,16 @@ class PromptEncoder:
         with self.on_device:
             return concatenate([self.encode([prompt]) for prompt in prompts])
 
-    def use_cache(self, directory, captions, accelerator):
-        """Takes the captions' embeddings from a folder, where they are put first, and frees the text encoders."""
+    def use_cache(self, directory, captions, accelerator, reserved=0):
+        """Takes the captions' embeddings from a folder, where they are put first, and frees the text encoders.
+
+        Args:
+            reserved: bytes of the folder's disk that the run will take for other things.
+        """
         fingerprint = fingerprint_text_encoders(self.tokenizers, self.text_encoders)
-        self.cache = EmbeddingCache(directory, captions, self.encode, fingerprint, self.negative, accelerator)
+        self.cache = EmbeddingCache(
+            directory, captions, self.encode, fingerprint, self.negative, accelerator, reserved
+        )
         self.tokenizers = self.text_encoders = None
         self.on_device = OnDevice([], self.device)
         free_memory()
@@ -441,48 +448,42 @@ def train(generator, adversary, models, validation, run):
     args, sampler = run.args, models.sampler
     progress = Progress(generator, sampler, run)
     loader = load_micro_batches(run, save_checkpoint)
+    ahead = {}  # by iteration: micro-batches that are encoded, and rolled out
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
         # The global generator serves dropout alone, where the model has any.
         dropout = make_generator(args.seed, "dropout", iteration, run.accelerator.process_index)
         torch.manual_seed(dropout.initial_seed())
 
-        # 1. Encode the global batch's micro-batches.
-        with models.prompt_encoder.on_device:
-            batches = [
-                prepare_batch(next(loader), iteration, models, run) for _ in range(args.gradient_accumulation_steps)
-            ]
+        if iteration not in ahead:
+            # Within this group the generator stays as it is, so that the rollouts can run together.
+            group = rollout_group(iteration, args)
+            # 1. Encode the global batch's micro-batches.
+            with models.prompt_encoder.on_device:
+                ahead = {
+                    n: [prepare_batch(next(loader), n, models, run) for _ in range(args.gradient_accumulation_steps)]
+                    for n in group
+                }
+            if adversary is not None:
+                # 2. One start index for the whole global batch, and 3. the steps that send a gradient.
+                paths = {n: draw_path(n, args) for n in group}
+                # 4. Simulate inference.
+                generator.wrapped.eval()
+                roll_out(ahead, paths, generator, sampler, call_network, run)
+        batches = ahead.pop(iteration)
         if adversary is None:
             values = update_finetune(batches, iteration, generator, models, run)
         else:
-            # 2. One start index for the whole global batch.
-            num_steps = args.num_inference_steps
-            path_generator = make_generator(args.seed, "path", iteration)
-            start_index = torch.randint(num_steps, (1,), generator=path_generator).item()
-            # 3. The steps that send a gradient.
-            train_steps = ()
-            updates_generator = is_generator_iteration(iteration, args)
-            if updates_generator:
-                train_steps = select_train_steps(start_index, num_steps, args.num_gradient_steps, path_generator)
-            # 4. Simulate inference and 5. decode.
-            generator.wrapped.eval()
+            # 5. Decode.
             for batch in batches:
-                # One autocast casts a weight once for all steps. It is closed before a gradient is wanted: these casts
-                # have none.
-                with generator.gathered(), run.accelerator.autocast():
-                    batch.rollout = simulate_inference(
-                        make_predict(generator.wrapped, batch.conditions, call_network), sampler,
-                        starting_latents(sampler, batch.latents, batch.noise, start_index), start_index,
-                        args.guidance_scale, inference_options(args).get("guidance_rescale", 0.0),
-                        train_steps, args.gradient_path,
-                    )  # fmt: skip
                 check_latents(batch.rollout.latents, f"at iteration {iteration + 1}")
                 batch.generated = decode_latents(models.decoder, batch.rollout.latents)
             # 6. Update the discriminator.
+            start_index, _ = paths[iteration]
             values = update_discriminator(batches, iteration, adversary, run)
-            values |= {"start_index": start_index} | score_gap(values, start_index, num_steps)
+            values |= {"start_index": start_index} | score_gap(values, start_index, args.num_inference_steps)
             # 7. Update the generator.
-            if updates_generator:
+            if is_generator_iteration(iteration, args):
                 values |= update_generator(batches, start_index, iteration, generator, adversary, models, run)
             adversary.warn_if_saturated(values)
 
@@ -635,7 +636,8 @@ def tune(sampler, noise_scheduler, run):
     with prompt_encoder.on_device:
         validation_conditions = [prompt_encoder([prompt]) for prompt in args.validation_prompts or []]
     if args.cache_text_embeddings is not None:
-        prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
+        captions, reserved = list_captions(run.dataset, args), bytes_to_come(args.cache_text_embeddings, run)
+        prompt_encoder.use_cache(args.cache_text_embeddings, captions, accelerator, reserved)
     vae, decoder = load_frozen_vae(args, accelerator), load_decoder(args, accelerator)
     models = FrozenModels(vae, prompt_encoder, sampler, noise_scheduler, decoder)
     generator = prepare_generator(load_network(args, accelerator), run)

@@ -19,7 +19,7 @@ The sections can be read alone:
 - samplers of models with a variance-preserving schedule: `SAMPLERS`, `configure_sampler`;
 - the run: `Family`, `Method`, `Run`, `start_accelerator`, `Progress`, `end_run`;
 - frozen and trained networks: `load_vae`, `prepare_network`, `sample_posterior`, `decode_checkpointed`;
-- a micro-batch: `Batch`, `Conditions`, `make_predict`;
+- a micro-batch: `Batch`, `Conditions`, `make_predict`, `roll_out`;
 - updates: `Totals`, `Trained`, `prepare_generator`.
 
 It stands on `option_utils.py`, `memory_utils.py`, `speed_utils.py`, `sharding_utils.py` and `bucket_utils.py`;
@@ -64,7 +64,7 @@ from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from adt_utils import SimulatedInference
+from adt_utils import SimulatedInference, Start, simulate_together, starting_latents
 from bucket_utils import image_sizes
 from memory_utils import (
     FusedBackward,
@@ -195,6 +195,21 @@ def is_generator_iteration(iteration, args) -> bool:
     if not args.adversarial:
         return True
     return iteration >= args.generator_start_step and (iteration + 1) % args.generator_update_interval == 0
+
+
+def rollout_group(iteration, args) -> range:
+    """The iterations, the 0-based `iteration` among them, whose rollouts run in one batch.
+
+    They are at most `--rollouts_per_batch`, with no generator update before the last one's end. They follow from the
+    options alone, so that a run that is resumed among them makes all their rollouts again, in the same batch: another
+    batch would round differently.
+    """
+    if not args.adversarial:
+        return range(iteration, iteration + 1)
+    after_update = iteration % args.generator_update_interval
+    first = iteration - after_update % args.rollouts_per_batch
+    next_update = iteration - after_update + args.generator_update_interval
+    return range(first, min(first + args.rollouts_per_batch, next_update, args.max_train_steps))
 
 
 def count_generator_updates(args) -> int:
@@ -580,15 +595,7 @@ def prepare_network(network, args, accelerator):
         else:
             network.type(weight_dtype(accelerator)).to(accelerator.device)
         torch.manual_seed(args.seed)  # the adapters' first weights, the same on every process
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            init_lora_weights="gaussian",
-            target_modules=args.lora_layers,
-            use_dora=args.use_dora,
-        )
-        network.add_adapter(config)
+        add_adapters(network, args)
         cast_training_params(network)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -598,6 +605,18 @@ def prepare_network(network, args, accelerator):
     if args.compile:
         compile_blocks(network)
     return network
+
+
+def add_adapters(network, args):
+    config = LoraConfig(
+        r=args.rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        init_lora_weights="gaussian",
+        target_modules=args.lora_layers,
+        use_dora=args.use_dora,
+    )
+    network.add_adapter(config)
 
 
 # A micro-batch
@@ -651,6 +670,38 @@ def make_predict(network, conditions, call_network) -> Callable:
         return call_network(network, model_input, timestep, condition)
 
     return predict
+
+
+def roll_out(micro_batches, paths, generator, sampler, call_network, run):
+    """Step 4: simulates inference of the iterations of a `rollout_group`, each micro-batch's with its likes.
+
+    Args:
+        micro_batches: {iteration: its `Batch`es}, which get their `rollout`.
+        paths: {iteration: (its start index, the steps that send a gradient)}.
+        generator: in `eval()`.
+        call_network: as `make_predict`'s.
+    """
+    args = run.args
+    guidance_rescale = run.family.inference_options(args).get("guidance_rescale", 0.0)
+    for batches in zip(*micro_batches.values(), strict=True):  # one of each iteration
+        of_branch = [(batch.conditions.negative, batch.conditions.positive) for batch in batches]
+
+        def predict(model_input, timestep, branches, active, of_branch=of_branch):
+            condition = concatenate([of_branch[n][branch] for n in active for branch in branches])
+            return call_network(generator.wrapped, model_input, timestep, condition)
+
+        starts = [
+            Start(starting_latents(sampler, batch.latents, batch.noise, start_index), start_index, train_steps)
+            for batch, (start_index, train_steps) in zip(batches, paths.values(), strict=True)
+        ]
+        # One autocast casts a weight once for all steps. It is closed before a gradient is wanted: these casts have
+        # none.
+        with generator.gathered(), run.accelerator.autocast():
+            rollouts = simulate_together(
+                predict, sampler, starts, args.guidance_scale, guidance_rescale, args.gradient_path
+            )
+        for batch, rollout in zip(batches, rollouts, strict=True):
+            batch.rollout = rollout
 
 
 # Updates
@@ -808,10 +859,7 @@ def prepare_generator(network, run) -> Trained:
         parts = own_parts(trainable_parameters(network))
         ema = EMAModel(parts, decay=args.ema_decay, foreach=args.foreach_ema)
         ema.to("cpu" if args.offload_ema else run.accelerator.device)
-    if args.optimizer == "adamw":
-        optimizer = make_optimizer(torch.optim.AdamW, network, args.learning_rate, args)
-    else:
-        optimizer = make_library_optimizer(trainable_parameters(network), args)
+    optimizer = make_generator_optimizer(network, args)
     lr_scheduler = make_lr_scheduler(optimizer, args.lr_warmup_steps, run.num_generator_updates, args)
     generator = prepare_trained("generator", network, optimizer, lr_scheduler, run, ema)
     if args.fused_backward_pass:
@@ -831,6 +879,12 @@ def prepare_trained(name, network, optimizer, lr_scheduler, run, ema=None) -> Tr
         wrapped, optimizer = run.accelerator.prepare(network, optimizer)
     run.accelerator.register_for_checkpointing(lr_scheduler)
     return Trained(name, network, wrapped, optimizer, lr_scheduler, run, ema)
+
+
+def make_generator_optimizer(network, args):
+    if args.optimizer == "adamw":
+        return make_optimizer(torch.optim.AdamW, network, args.learning_rate, args)
+    return make_library_optimizer(trainable_parameters(network), args)
 
 
 def make_optimizer(optimizer_class, network, learning_rate, args):

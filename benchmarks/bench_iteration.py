@@ -16,6 +16,7 @@
     python benchmarks/bench_iteration.py                                       # three small models, on a CPU
     python benchmarks/bench_iteration.py --family sdxl --use_lora --compile
     python benchmarks/bench_iteration.py --family sd3 --full_size --mixed_precision bf16 --gradient_checkpointing
+    torchrun --nproc_per_node 2 benchmarks/bench_iteration.py --family sdxl --shard
 
 Options that are not this program's are the training scripts', such as `--train_batch_size`, `--num_gradient_steps`,
 `--replay_branches` and `--attention_backend`. `benchmarks/bench_gpu.sh` runs all on a GPU.
@@ -26,17 +27,23 @@ first updates the discriminator, the second the generator as well. Each round al
 - the floor: every call of a network that the iteration made, as often as it made it, by itself, and the optimizers;
 - diffusers' pipeline over the same steps, which is what the rollout should cost;
 - a step of plain fine-tuning;
-- the generator's gradient by plain autograd, which keeps K graphs.
+- the generator's gradient by plain autograd, which keeps K graphs; by one process alone.
+
+With `--compile` each round is made twice, eager and compiled, by the same networks, and has a column for each. Of
+several processes, as with `--shard`, the first one's figures are printed; `gather` puts the network's parts together
+for a rollout.
 
 A ratio is taken within a round, and its median over the rounds is what is printed, so that a busy machine slows both
-sides. On a CPU, seconds are the process's, of one thread; on a GPU they are the clock's, with the device waited for at
-each part's end. Captions' embeddings are made up, as if they came from a cache. Where `floor` has `encode` and the
-optimizers in it, the JSON has the ratio without them, too.
+sides. On a CPU, seconds are the process's, of one thread; on a GPU, and of several processes, they are the clock's,
+with the device waited for at each part's end; the first round's are the clock's in any case, since a compiler runs in
+processes of its own. Captions' embeddings are made up, as if they came from a cache. Where `floor` has `encode` and
+the optimizers in it, the JSON has the ratio without them, too.
 """
 
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import os
 import platform
@@ -51,6 +58,7 @@ from unittest import mock
 
 import diffusers
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from transformers import Dinov2Config, Dinov2Model
 
@@ -141,6 +149,7 @@ def parse_args(input_args=None):
     parser.add_argument("--json", type=Path, default=None, help="A file to add all samples to, a line a family.")
     parser.add_argument("--trace", type=Path, default=None, help="A file for a profile of two more iterations.")
     parser.add_argument("--without_plain_autograd", action="store_true", help="Which needs much memory.")
+    parser.add_argument("--compile", action="store_true", help="Beside the eager ones the compiled networks.")
     return parser.parse_known_args(input_args)
 
 
@@ -150,8 +159,9 @@ def parse_args(input_args=None):
 class Clock:
     """Seconds, and on a GPU peak bytes, of what `mark` names when it ends, summed over what has one name."""
 
-    def __init__(self, device):
-        self.cuda = device.type == "cuda"
+    def __init__(self, accelerator):
+        self.cuda = accelerator.device.type == "cuda"
+        self.alone = accelerator.num_processes == 1
         self.reset()
 
     def reset(self):
@@ -161,7 +171,7 @@ class Clock:
     def now(self):
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() if self.cuda else time.process_time()
+        return time.process_time() if self.alone and not self.cuda else time.perf_counter()
 
     def start(self):
         if self.cuda:
@@ -209,6 +219,7 @@ class System:
     def __init__(self, family, full_size, num_steps, options, folder):
         self.family, self.module = family, MODULES[family]
         network_options, vae_options, dinov2_options, resolution, shapes = architecture(family, full_size)
+        torch.manual_seed(0)
         Dinov2Model(Dinov2Config(**dinov2_options)).save_pretrained(folder)
         self.args = self.module.parse_args([
             "--pretrained_model_name_or_path", "none", "--dataset_name", "none", "--report_to", "none",
@@ -221,7 +232,8 @@ class System:
         self.args.seed = self.seed_of_first_steps()
         self.accelerator = start_accelerator(self.args)
         self.device = self.accelerator.device
-        self.clock = Clock(self.device)
+        self.clock = Clock(self.accelerator)
+        torch.manual_seed(0)  # the same weights on every process
         with torch.device(self.device):
             side = resolution // 8
             network = self.module.FAMILY.network_class(sample_size=side, **network_options)
@@ -301,6 +313,13 @@ class System:
             def close(progress):
                 pass
 
+        @contextlib.contextmanager
+        def marked_gathering(generator):
+            with gathered(generator):
+                if self.args.shard:
+                    clock.mark("gather")
+                yield
+
         def marked_passes(result, *args, **kwargs):
             return [clock.marked(one, "replay") for one in replay(result, *args, **kwargs)]
 
@@ -317,19 +336,20 @@ class System:
                 return original_update(*args)
 
         self.calls.clear()
-        replay, original_update = SimulatedInference.replay, module.update_generator
+        replay, original_update, gathered = SimulatedInference.replay, module.update_generator, Trained.gathered
         with (
             mock.patch.multiple(
                 module,
                 Progress=Progress,
                 load_micro_batches=lambda run, save: iter(lambda: self.examples, None),
                 prepare_batch=clock.marked(module.prepare_batch, "encode"),
-                simulate_inference=clock.marked(module.simulate_inference, "rollout"),
+                roll_out=clock.marked(module.roll_out, "rollout"),
                 decode_latents=clock.marked(module.decode_latents, "decode"),
                 update_discriminator=clock.marked(module.update_discriminator, "discriminator"),
                 update_generator=clock.marked(update_generator, "generator's optimizer"),
             ),
             mock.patch.object(SimulatedInference, "replay", marked_passes),
+            mock.patch.object(Trained, "gathered", marked_gathering),
         ):
             validation = SimpleNamespace(is_due=lambda done: False, drifted=False)
             module.train(self.generator, self.adversary, self.models, validation, self.run)
@@ -358,10 +378,10 @@ class System:
         embeddings |= {f"negative_{name}": value for name, value in conditions.negative.items() if name != "time_ids"}
         call = family.inference_options(self.args) | {"output_type": "latent"}
         call |= dict.fromkeys(("height", "width"), self.args.resolution)
-        self.clock.start()
-        with self.accelerator.autocast():
+        with self.generator.gathered(), self.accelerator.autocast():
+            self.clock.start()
             pipeline(**embeddings, latents=self.batch.noise, **call)
-        self.clock.mark("stock pipeline")
+            self.clock.mark("stock pipeline")
 
     def finetuning_step(self):
         run = SimpleNamespace(args=self.args.replace(adversarial_loss_weight=0.0), accelerator=self.accelerator)
@@ -403,13 +423,15 @@ class System:
         both, real_noise = torch.cat([batch.latents] * 2), torch.zeros_like(batch.latents)
         discriminator, feature_network = self.adversary.discriminator, self.adversary.feature_network
         self.generator.wrapped.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            clock.start()
+        clock.start()
+        with self.generator.gathered(), torch.no_grad(), self.accelerator.autocast():
+            clock.mark("bare gather")
             for _ in range(self.args.num_inference_steps):  # one autocast casts a weight once, as in the rollout
                 self.predict(both, self.timestep, (0, 1))
             clock.mark("forwards")
         for branch in (0, 1):
-            self.accelerator.backward(self.predict(batch.latents, self.timestep, (branch,)).float().mean())
+            with self.generator.synchronise_if(branch == 1):
+                self.accelerator.backward(self.predict(batch.latents, self.timestep, (branch,)).float().mean())
         clock.mark("two forwards and backwards")
         self.generator.step(0)
         clock.mark("generator's step")
@@ -445,6 +467,7 @@ class System:
         total += calls["features", False] * bare["bare features"]
         total += calls.get(("features", True), 0) * bare["bare features and their gradient"]
         total += calls["discriminator", True] * bare["bare discriminator"]
+        total += bare["bare gather"]  # of a network that is not sharded, nothing
         others = bare["bare encode"] + bare["discriminator's step"] + updates_generator * bare["generator's step"]
         return total + others, total
 
@@ -485,20 +508,49 @@ RATIOS = {
 }
 
 
-def measure(family, args, options, folder) -> dict:
+# What is compared between the columns of eager and of compiled networks.
+COMPILED = tuple(f"{name} iteration{part}" for name, part in (
+    ("discriminator", ""), ("generator", ""), ("discriminator", ": rollout"), ("discriminator", ": decode"),
+    ("discriminator", ": discriminator"), ("generator", ": score and its gradient"), ("generator", ": replay"),
+))  # fmt: skip
+
+
+def measure(family, args, options, folder) -> list[dict]:
+    """The results of eager networks, and of compiled ones behind them."""
     num_steps = args.num_steps or (25 if args.full_size else 4)
-    system = System(family, args.full_size, num_steps, options, folder)
-    plain_autograd = not args.without_plain_autograd
-    started = system.clock.now()
-    system.round(plain_autograd)
-    warm_up, graphs = system.clock.now() - started, compiled_graphs()
-    rounds = [system.round(plain_autograd) for _ in range(args.rounds)]
+    compiling = ["--compile"] * args.compile
+    system = System(family, args.full_size, num_steps, [*options, *compiling], folder)
+    plain_autograd = system.accelerator.num_processes == 1 and not args.without_plain_autograd
+    stances = ["force_eager", "default"][: 1 + args.compile]
+    rounds, first_rounds, graphs = {stance: [] for stance in stances}, {}, 0
+    for n in range(1 + args.rounds):
+        for stance in stances:
+            started = time.perf_counter()
+            with torch.compiler.set_stance(stance):
+                result = system.round(plain_autograd)
+            if n > 0:
+                rounds[stance].append(result)
+            else:
+                first_rounds[stance] = time.perf_counter() - started
+                graphs = compiled_graphs()
     recompiled = compiled_graphs() - graphs
-    if args.trace is not None:
+    if args.trace is not None:  # of the compiled networks, where there are any
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities[: 1 + system.clock.cuda]) as profile:
             system.train()
         profile.export_chrome_trace(str(args.trace.with_stem(f"{args.trace.stem}-{family}")))
+    results = [summarise(system, args, options, rounds["force_eager"], first_rounds["force_eager"])]
+    if args.compile:
+        compiled = summarise(system, args, [*options, *compiling], rounds["default"], first_rounds["default"])
+        compiled |= {"compiled_graphs": graphs, "recompiled": recompiled}
+        for name in COMPILED:
+            pairs = zip(compiled["seconds"][name], results[0]["seconds"][name], strict=True)
+            compiled["ratios"][f"{name} / eager"] = [above / below for above, below in pairs]
+        results.append(compiled)
+    return results
+
+
+def summarise(system, args, options, rounds, first_round) -> dict:
     samples = {name: [seconds[name] for seconds, _, _ in rounds] for name in rounds[0][0]}
     ratios = {
         name: [above / below for above, below in zip(samples[first], samples[second], strict=True)]
@@ -507,10 +559,11 @@ def measure(family, args, options, folder) -> dict:
     }
     trained = sum(p.numel() for p in system.generator.network.parameters() if p.requires_grad)
     return {
-        "family": family,
+        "family": system.family,
+        "processes": system.accelerator.num_processes,
         "full_size": args.full_size,
         "options": options,
-        "num_steps": num_steps,
+        "num_steps": system.args.num_inference_steps,
         "num_gradient_steps": system.args.num_gradient_steps,
         "resolution": system.args.resolution,
         "batch": system.args.train_batch_size,
@@ -521,9 +574,9 @@ def measure(family, args, options, folder) -> dict:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "load": os.getloadavg()[0],
-        "first_round_s": warm_up,
-        "compiled_graphs": graphs,
-        "recompiled": recompiled,
+        "first_round_s": first_round,
+        "compiled_graphs": 0,
+        "recompiled": 0,
         "calls": [
             {f"{network}, gradient {grad}": count for (network, grad), count in calls.items()}
             for calls in rounds[0][2]
@@ -543,13 +596,16 @@ def compiled_graphs() -> int:
 
 ROWS = (
     "discriminator iteration",
-    *(f"discriminator iteration: {part}" for part in ("encode", "rollout", "decode", "discriminator", "rest")),
+    *(
+        f"discriminator iteration: {part}"
+        for part in ("encode", "gather", "rollout", "decode", "discriminator", "rest")
+    ),
     "generator iteration",
     *(
         f"generator iteration: {part}"
         for part in (
-            "encode", "rollout", "decode", "discriminator", "score and its gradient", "diffusion loss", "replay",
-            "generator's optimizer", "rest",
+            "encode", "gather", "rollout", "decode", "discriminator", "score and its gradient", "diffusion loss",
+            "replay", "generator's optimizer", "rest",
         )
     ),
     "stock pipeline",
@@ -574,13 +630,18 @@ def title(result) -> str:
     return " ".join([result["family"], *result["options"]])
 
 
+def value_or_nothing(values, name) -> str:
+    return spread(values[name]) if name in values else ""
+
+
 def report(results) -> str:
     """Tables of several results, one column each."""
     first = results[0]
+    processes = f", {first['processes']} processes" if first["processes"] > 1 else ""
     lines = [
-        f"{first['device']}, torch {first['torch']}, diffusers {first['diffusers']}, {first['num_steps']} steps, "
-        f"K = {first['num_gradient_steps']}, mixed precision {first['mixed_precision']}; medians of "
-        f"{len(first['seconds']['stock pipeline'])} rounds (least to most)",
+        f"{first['device']}{processes}, torch {first['torch']}, diffusers {first['diffusers']}, "
+        f"{first['num_steps']} steps, K = {first['num_gradient_steps']}, mixed precision "
+        f"{first['mixed_precision']}; medians of {len(first['seconds']['stock pipeline'])} rounds (least to most)",
         "",
     ]
     header = [title(result) for result in results]
@@ -597,7 +658,8 @@ def report(results) -> str:
         facts.append(["compiled graphs", *(str(result["compiled_graphs"]) for result in results)])
         facts.append(["of these after the first round", *(str(result["recompiled"]) for result in results)])
     lines += [table(["", *header], facts), ""]
-    ratios = [[name, *(spread(r["ratios"][name]) for r in results)] for name in RATIOS if name in first["ratios"]]
+    names = dict.fromkeys(name for result in results for name in result["ratios"])
+    ratios = [[name, *(value_or_nothing(result["ratios"], name) for result in results)] for name in names]
     lines += [table(["ratio", *header], ratios), ""]
     rows = [[name, *(spread(r["seconds"][name]) for r in results)] for name in ROWS if name in first["seconds"]]
     lines += [table(["seconds", *header], rows), ""]
@@ -617,10 +679,16 @@ def main(input_args=None):
     results = []
     for family in args.family:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(family, args, options, Path(folder)))
-        if args.json is not None:
+            own = measure(family, args, options, Path(folder))
+        results += own
+        if args.json is not None and PartialState().is_main_process:
             with args.json.open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
+                file.writelines(json.dumps(result) + "\n" for result in own)
+    gc.collect()  # nothing refers to the process group any more
+    is_main_process = PartialState().is_main_process
+    PartialState().destroy_process_group()
+    if not is_main_process:
+        return
     print(f"`{' '.join(['python benchmarks/bench_iteration.py', *(input_args or sys.argv[1:])])}`\n")
     print(report(results))
 

@@ -17,11 +17,12 @@ other ways to call them would save.
     python benchmarks/overheads.py                      # all of it, a few minutes on a CPU
     python benchmarks/overheads.py --only start casts
 
-`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed`.
+`benchmarks/overheads.md` has its figures, `docs/speed.md` those of `speed` and `dinov2`.
 """
 
 import argparse
 import copy
+import os
 import statistics
 import sys
 import tempfile
@@ -33,16 +34,18 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Dinov2Config, Dinov2Model
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from architectures import NETWORKS  # noqa: E402
+from architectures import DINOV2, NETWORKS  # noqa: E402
 from memory import SavedTensors  # noqa: E402
 
 from adt_utils import simulate_inference  # noqa: E402
@@ -51,8 +54,10 @@ from data_utils import (  # noqa: E402
     check_used_images,
     identify_data,
     load_image_caption_dataset,
+    make_dataloader,
 )
 from evaluate_metrics import FrechetDistance  # noqa: E402
+from speed_utils import compile_hidden_states, compile_options  # noqa: E402
 from train_adt_sd15 import parse_args as parse_training_args  # noqa: E402
 
 
@@ -79,12 +84,7 @@ def measure_start(args):
     """What a start looks up and decodes of images on disk."""
     accelerator = Accelerator(cpu=True)
     with tempfile.TemporaryDirectory() as folder:
-        noise = np.random.default_rng(0).integers(0, 160, (1024, 1024, 3), dtype=np.uint8)
-        rows = []
-        for n in range(args.num_files):
-            Image.fromarray(np.roll(noise, n, axis=0)).save(Path(folder, f"{n:06d}.png"))
-            rows.append(f'{{"file_name": "{n:06d}.png", "text": "a made up picture {n}"}}')
-        Path(folder, "metadata.jsonl").write_text("\n".join(rows))
+        write_images(folder, args.num_files)
         options = {
             kind: parse_training_args([
                 "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
@@ -109,6 +109,40 @@ def measure_start(args):
             lambda: check_used_images(rows, 0, options["sample"], accelerator),
         )
         measure(f"recognising {args.num_rows} rows", lambda: identify_data(rows, options["sample"]))
+
+
+def measure_loading(args):
+    """What the process that trains waits for images, while a device that needs no CPU computes."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder, 24)
+        options = parse_training_args([
+            "--pretrained_model_name_or_path", "none", "--train_data_dir", folder, "--resolution", "1024",
+            "--train_batch_size", "2", "--max_train_steps", "12", "--cache_dir", str(Path(folder, "cache")),
+        ])  # fmt: skip
+        dataset, accelerator = load_image_caption_dataset(options), Accelerator(cpu=True)
+        for num_workers in (0, options.dataloader_num_workers):
+            run = argparse.Namespace(
+                args=options.replace(dataloader_num_workers=num_workers), dataset=dataset, accelerator=accelerator,
+                first_iteration=0,
+            )  # fmt: skip
+            loader, waits = iter(make_dataloader(run)), []
+            for _ in range(12):
+                started = time.perf_counter()
+                next(loader)
+                waits.append(1e3 * (time.perf_counter() - started) / 2)
+                time.sleep(1)
+            usual, least, most = statistics.median(waits[2:]), min(waits[2:]), max(waits[2:])
+            print(f"{num_workers} workers: {usual:.1f} ms an image ({least:.1f} to {most:.1f}) waited for", flush=True)
+
+
+def write_images(folder, count):
+    """Pictures of 1024x1024, with captions."""
+    noise = np.random.default_rng(0).integers(0, 160, (1024, 1024, 3), dtype=np.uint8)
+    rows = []
+    for n in range(count):
+        Image.fromarray(np.roll(noise, n, axis=0)).save(Path(folder, f"{n:06d}.png"))
+        rows.append(f'{{"file_name": "{n:06d}.png", "text": "a made up picture {n}"}}')
+    Path(folder, "metadata.jsonl").write_text("\n".join(rows))
 
 
 def measure_order(args):
@@ -190,23 +224,18 @@ def measure_speed(args):
     half = {"block_out_channels": (160, 320, 640, 640), "cross_attention_dim": 384}
     network = UNet2DConditionModel(sample_size=16, **NETWORKS["sd15"] | half).eval()
     channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
-    embeddings = torch.randn(20, 77, 384)
+    embeddings = torch.randn(4, 77, 384)
 
-    def forward(network, rows):
-        return network(torch.randn(rows, 4, 16, 16), 500, encoder_hidden_states=embeddings[:rows]).sample
+    def forward(network):
+        return network(torch.randn(4, 4, 16, 16), 500, encoder_hidden_states=embeddings).sample
 
-    def forwards(network, rows, count=1):
-        with torch.no_grad():
-            for _ in range(count):
-                forward(network, rows)
-
-    compare("forward, channels-last / usual", lambda: forwards(network, 4), lambda: forwards(channels_last, 4))
+    forward_alone = torch.no_grad()(forward)
+    compare("forward, channels-last / usual", lambda: forward_alone(network), lambda: forward_alone(channels_last))
     compare(
         "forward and backward, channels-last / usual",
-        lambda: forward(network, 4).sum().backward(),
-        lambda: forward(channels_last, 4).sum().backward(),
+        lambda: forward(network).sum().backward(),
+        lambda: forward(channels_last).sum().backward(),
     )
-    compare("one forward of 20 rows / five of 4", lambda: forwards(network, 4, 5), lambda: forwards(network, 20))
 
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     scheduler.set_timesteps(2)
@@ -236,12 +265,37 @@ def measure_speed(args):
     compare("AdamW, one kernel / many", *steps)
 
 
+def measure_dinov2(args):
+    """DINOv2 at half of its width on 112x112 images, in float32, compiled by layer and whole."""
+    config = Dinov2Config(**DINOV2 | {"hidden_size": 192, "num_attention_heads": 3, "image_size": 112})
+    eager = Dinov2Model(config).eval().requires_grad_(False)
+    by_layer, whole = copy.deepcopy(eager), copy.deepcopy(eager)
+    for layer in by_layer.encoder.layer:  # their forwards: the library's hooks on layers cannot be compiled
+        layer.forward = torch.compile(layer.forward, **compile_options())
+    compile_hidden_states(whole)
+    images = torch.randn(2, 3, 112, 112, requires_grad=True)
+
+    def gradient(model):
+        hidden_states = model(pixel_values=images, output_hidden_states=True).hidden_states
+        return torch.autograd.grad(sum(state.square().mean() for state in hidden_states), images)[0]
+
+    expected = gradient(eager)
+    for title, model in (("by layer", by_layer), ("whole", whole)):
+        started = sum(os.times()[:4])  # with a C++ compiler's
+        difference = (gradient(model) - expected).norm() / expected.norm()
+        seconds = sum(os.times()[:4]) - started
+        print(f"DINOv2 {title}: {seconds:.0f} CPU s at first, gradient {difference:.0e} from eager", flush=True)
+        compare(f"forward and backward, {title} / eager", lambda: gradient(eager), lambda model=model: gradient(model))
+
+
 MEASUREMENTS = {
     "start": measure_start,
+    "loading": measure_loading,
     "order": measure_order,
     "casts": measure_casts,
     "distances": measure_distances,
     "speed": measure_speed,
+    "dinov2": measure_dinov2,
 }
 
 
@@ -249,6 +303,7 @@ def main():
     args = parse_args()
     torch.set_num_threads(1)
     for name in args.only:
+        AcceleratorState._reset_state(True)  # of the measurement before, which may have been in another precision
         MEASUREMENTS[name](args)
 
 

@@ -14,6 +14,7 @@ It writes, under `--output_dir`:
     dinov2      a tiny `Dinov2Model` for the discriminator
     evaluator   the classifier of `evaluator.py`, for the metrics
     worlds      for `reproduce.py` (`--only worlds`, 20 minutes): a VAE and a classifier that know all worlds
+                (`--only tiny_decoder`, a minute: a small decoder of that VAE's latents)
     resnet      for `reproduce_related.py` (`--only resnet`, a minute): a tiny classifier of the class `ResNetModel`
 """
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -60,7 +62,7 @@ from worlds import WORLDS, draw
 
 
 STAGES = ("vae", "unet", "evaluator", "dinov2")
-NAMED = ("sd3", "worlds", "resnet", "flux")  # only where they are named
+NAMED = ("sd3", "worlds", "resnet", "tiny_decoder", "flux")  # only where they are named
 LOOKS = tuple(world for world in WORLDS if world != "correlated")  # which looks like `shaded`
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -79,6 +81,7 @@ def parse_args():
     parser.add_argument("--flux_steps", type=int, default=2500)
     parser.add_argument("--worlds_steps", type=int, default=1500)
     parser.add_argument("--resnet_steps", type=int, default=800)
+    parser.add_argument("--tiny_decoder_steps", type=int, default=1000)
     return parser.parse_args()
 
 
@@ -466,6 +469,33 @@ def train_resnet(output_dir, steps, seed):
     backbone.save_pretrained(output_dir / "resnet")
 
 
+def train_tiny_decoder(output_dir, steps, seed):
+    """A tiny autoencoder whose decoder draws what the VAE of all worlds draws of its latents, scaled as TAESD's are.
+
+    Its encoder is as small as the class allows, and not trained: nothing uses it.
+    """
+    vae = AutoencoderKL.from_pretrained(output_dir / "worlds" / "vae").eval()
+    tiny = AutoencoderTiny(
+        latent_channels=vae.config.latent_channels,
+        encoder_block_out_channels=(1, 1, 1),
+        decoder_block_out_channels=(24, 24, 24),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(2, 2, 1),
+    )
+    tiny.encoder.requires_grad_(False)
+    images = 2 * load_images(LOOKS, 600, seed)[0] - 1
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(batch).latent_dist.sample() for batch in images.split(200)])
+        targets = torch.cat([vae.decode(batch).sample for batch in latents.split(200)])
+    latents = latents * vae.config.scaling_factor
+
+    def loss_function(indices):
+        return F.l1_loss(tiny.decode(latents[indices]).sample, targets[indices])
+
+    train("tiny decoder", tiny, loss_function, len(images), steps, learning_rate=3e-3, batch_size=16)
+    tiny.half().save_pretrained(output_dir / "worlds" / "tiny_decoder")
+
+
 @torch.no_grad()
 def measure(output_dir, seed, count=1000):
     """Prints what the saved pipeline reconstructs and draws, as the saved evaluator sees it."""
@@ -509,7 +539,8 @@ def measure(output_dir, seed, count=1000):
 def main():
     args = parse_args()
     trainers = {"vae": train_vae, "unet": train_unet, "evaluator": train_evaluator, "dinov2": train_dinov2}
-    trainers |= {"sd3": train_sd3, "worlds": train_worlds, "resnet": train_resnet, "flux": train_flux}
+    trainers |= {"sd3": train_sd3, "worlds": train_worlds, "resnet": train_resnet, "tiny_decoder": train_tiny_decoder}
+    trainers |= {"flux": train_flux}
     for index, (stage, trainer) in enumerate(trainers.items()):
         if stage in args.only:
             seed = 1000 * args.seed + 100 * index

@@ -49,6 +49,7 @@ PAPER = [
     "--augmentation_policy", "color", "translation", "cutout",
 ]  # fmt: skip
 EQUAL_COMPUTE, PLAIN_RATE = "fine-tuning, equal compute", "fine-tuning at ADT's rate"
+TINY_DECODER = "ADT, recipe, tiny decoder"  # of scored images; which is that of the VAE of all worlds
 METHODS = {
     "fine-tuning": [*FINE_TUNING, *COMMON],
     EQUAL_COMPUTE: [*FINE_TUNING, *COMMON],
@@ -60,6 +61,7 @@ METHODS = {
     "ADT, recipe, pair weight 3": [*RECIPE, "--mismatched_pair_weight", "3"],
     "ADT, recipe, gradient ratio 0.3": [*RECIPE, "--adversarial_gradient_ratio", "0.3"],
     "ADT, recipe, reconstructed": [*RECIPE, "--real_images", "reconstructed"],
+    TINY_DECODER: RECIPE,
     "projected discriminator": [*ADT, "--discriminator_type", "projected"],
     "DRTune's path": [*ADT, "--gradient_path", "drtune"],
     # There is nothing to balance the weight by; Adam does not see its scale.
@@ -116,6 +118,8 @@ def train(args):
         output.mkdir(exist_ok=True)
         vae = args.assets / ("pipeline" if situation == NARROW_VAE else "worlds") / "vae"
         settings = [*METHODS.get(method, METHODS["fine-tuning"]), "--pretrained_vae_model_name_or_path", vae]
+        if method == TINY_DECODER:
+            settings += ["--decoder_model_name_or_path", args.assets / "worlds" / "tiny_decoder"]
         steps = {"start": START_STEPS, EQUAL_COMPUTE: equal_compute_steps()}.get(method, STEPS)
         start = args.assets / "pipeline" if method == "start" else results[situation, "start", seed]
         with open(output / f"{folder(method)}.log", "a") as log:
@@ -123,7 +127,8 @@ def train(args):
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for methods in (["start"], args.methods):
-            for job in [pool.submit(run, *key) for key in product(args.worlds, methods, args.seeds)]:
+            keys = [key for key in product(args.worlds, methods, args.seeds) if key[:2] != (NARROW_VAE, TINY_DECODER)]
+            for job in [pool.submit(run, *key) for key in keys]:
                 job.result()
     return results
 

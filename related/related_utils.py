@@ -38,6 +38,7 @@ import train_adt_sdxl
 from adt_utils import SimulatedInference, TrainStep
 from config_utils import read_config
 from data_utils import check_used_images, images_per_epoch, list_captions, load_image_caption_dataset
+from disk_utils import bytes_to_come
 from option_utils import Nature, adder, leave_out, option_natures
 from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
 from training_utils import Run, expand, resolve_schedule, start_accelerator, weight_dtype
@@ -133,7 +134,8 @@ def load_prompt_encoder(module, run, prompts):
     with prompt_encoder.on_device:
         conditions = [prompt_encoder([prompt]) for prompt in prompts]
     if getattr(args, "cache_text_embeddings", None) is not None:
-        prompt_encoder.use_cache(args.cache_text_embeddings, list_captions(run.dataset, args), accelerator)
+        captions, reserved = list_captions(run.dataset, args), bytes_to_come(args.cache_text_embeddings, run)
+        prompt_encoder.use_cache(args.cache_text_embeddings, captions, accelerator, reserved)
     return prompt_encoder, conditions
 
 

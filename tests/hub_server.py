@@ -27,6 +27,7 @@ class HubServer:
 
     Args:
         token: what a request that writes must be authorized with.
+        reading_token: one that is known, and may not write.
         refused: a regular expression; requests to paths that it is found in are answered with 403.
 
     Attributes:
@@ -35,8 +36,8 @@ class HubServer:
         requests: all that it was asked, in order.
     """
 
-    def __init__(self, token, refused=None):
-        self.token, self.refused = token, refused
+    def __init__(self, token, refused=None, reading_token=None):
+        self.token, self.refused, self.reading_token = token, refused, reading_token
         self.files, self.objects, self.requests = {}, {}, []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -101,6 +102,9 @@ class HubServer:
         siblings = [{"rfilename": path} for path in sorted(self.files[repo_id])]
         return 200, {"id": repo_id, "sha": self.commit(repo_id), "siblings": siblings, "private": False}, {}
 
+    def check_writing(self, request, repo_id):
+        return 200, {}, {}
+
     def list_tree(self, request, repo_id, revision):
         entries = [
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
@@ -123,6 +127,7 @@ class HubServer:
         ("POST", f"/{REPO}[.]git/info/lfs/objects/batch", start_uploads),
         ("PUT", "/objects/([0-9a-f]{64})", upload),
         ("POST", f"/api/models/{REPO}/commit/main", add_commit),
+        ("GET", f"/api/models/{REPO}/auth-check/write", check_writing),
         ("GET", f"/api/models/{REPO}(?:/revision/([^/]+))?", describe),
         ("GET", f"/api/models/{REPO}/tree/([^/]+)", list_tree),
         ("GET", f"/{REPO}/resolve/([^/]+)/(.+)", serve),
@@ -135,7 +140,11 @@ class HubServer:
             match = re.fullmatch(pattern, path)
             if method != route_method or match is None:
                 continue
-            if method == "POST" and request.headers.get("authorization") != f"Bearer {self.token}":
+            writes = method == "POST" or respond is HubServer.check_writing
+            sent = request.headers.get("authorization")
+            if writes and self.reading_token is not None and sent == f"Bearer {self.reading_token}":
+                return 403, {"error": "You don't have the rights to write here."}, {}
+            if writes and sent != f"Bearer {self.token}":
                 return 401, {"error": "Invalid username or password."}, {}
             if self.refused is not None and re.search(self.refused, path):
                 return 403, {"error": "This repository is locked."}, {}

@@ -19,7 +19,7 @@ from tiny_pipelines import PIPELINES, ROWS, TOKENS, make_pipeline
 from torch import nn
 
 from adt_pipeline import ConstrainedPipeline, check_pipeline
-from adt_utils import constrained_step
+from adt_utils import constrained_step, simulate_inference
 from benchmarks.memory import SavedTensors
 
 
@@ -119,7 +119,7 @@ def test_gradient_is_that_of_the_family_scripts(family, options, base_path):
     noise, network = torch.randn(1, 4, 8, 8, generator=generator()), getattr(pipeline, family.network)
     predict = train.make_predict(network, conditions, train.call_network)
     start = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    rollout = train.simulate_inference(predict, scheduler, start, 0, args.guidance_scale, 0.0, [0, 2])
+    rollout = simulate_inference(predict, scheduler, start, 0, args.guidance_scale, 0.0, [0, 2])
     for replay in rollout.replay(predict, rollout.prediction_gradients(loss_of(rollout.latents))):
         replay().backward()
     expected = gradient(network)

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from helpers import relative
 from transformers import Dinov2Model
 
 from adt_utils import (
@@ -30,6 +31,7 @@ from adt_utils import (
     LocalBatchNorm,
     ProjectedDiscriminator,
     SiameseDiscriminator,
+    Start,
     check_scheduler,
     classifier_free_guidance,
     constrained_step,
@@ -41,6 +43,7 @@ from adt_utils import (
     select_train_steps,
     signal_and_noise_levels,
     simulate_inference,
+    simulate_together,
     starting_latents,
     update_spectral_norm,
 )
@@ -379,6 +382,48 @@ def test_branches_one_after_the_other_agree_with_batched_ones(pipeline, embeds, 
         batched = simulate_inference(predict, scheduler, start, 0, 7.0).latents
         separate = simulate_inference(one_after_the_other, scheduler, start, 0, 7.0).latents
     assert (batched - separate).norm() < 1e-5 * batched.norm()
+
+
+@pytest.mark.parametrize(("guidance_scale", "guidance_rescale"), [(3.0, 0.7), (1.0, 0.0)])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rollouts_together_agree_with_each_by_itself(pipeline, embeds, name, guidance_scale, guidance_rescale):
+    """Latents, what is kept of the chosen steps, and gradients; the network is called once for each step."""
+    scheduler, unet = make_sampler(name, 8), pipeline.unet
+    generator = torch.Generator().manual_seed(0)
+    indices, chosen = (5, 0, 3, 7), ((), (1, 4, 7), (3, 4, 7), ())
+    sizes = (2, 2, 1, 2)
+    conditions = [[embed.roll(n, 1)[:size] for embed in embeds] for n, size in enumerate(sizes)]
+    starts = []
+    for index, steps, size in zip(indices, chosen, sizes, strict=True):
+        x_0, noise = torch.randn(2, size, 4, 8, 8, generator=generator)
+        starts.append(Start(starting_latents(scheduler, x_0, noise, index), index, steps))
+    calls = []
+
+    def predict(model_input, timestep, branches, active):
+        calls.append((timestep.item(), active))
+        rows = torch.cat([conditions[n][branch] for n in active for branch in branches])
+        return unet(model_input, timestep, encoder_hidden_states=rows).sample
+
+    rollouts = simulate_together(predict, scheduler, starts, guidance_scale, guidance_rescale)
+    on_path = [[1], [1], [1], [1, 2], [1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2, 3]]
+    assert calls == list(zip(scheduler.timesteps.tolist(), on_path, strict=True))
+    for start, own, rollout in zip(starts, conditions, rollouts, strict=True):
+        alone = simulate_inference(
+            make_predict(unet, own), scheduler, start.latents, start.start_index, guidance_scale, guidance_rescale,
+            start.train_steps,
+        )  # fmt: skip
+        assert relative(rollout.latents, alone.latents) < 1e-5
+        assert [step.index for step in rollout.train_steps] == list(start.train_steps)
+        for step, expected in zip(rollout.train_steps, alone.train_steps, strict=True):
+            assert step.timestep == expected.timestep
+            assert relative(step.model_input, expected.model_input) < 1e-5
+            assert relative(step.prediction, expected.prediction) < 1e-5
+        if start.train_steps:
+            gradients = rollout.prediction_gradients(nonlinear_loss(rollout.latents))
+            for gradient, expected in zip(
+                gradients, alone.prediction_gradients(nonlinear_loss(alone.latents)), strict=True
+            ):
+                assert relative(gradient, expected) < 1e-4
 
 
 @pytest.mark.parametrize("start_index", [0, 9, 17, 19])

@@ -1,5 +1,6 @@
 """Aspect ratio buckets: each image's, the order of global batches, and runs at the buckets' sizes in each family."""
 
+import json
 import logging
 import math
 import types
@@ -17,9 +18,8 @@ from tiny import make_dinov2, make_imagefolder
 import train_adt_sd15
 import train_adt_sdxl
 from adt_utils import FeatureNetwork
-from bucket_utils import default_buckets, image_sizes
+from bucket_utils import BUCKET, default_buckets, image_sizes
 from data_utils import (
-    BUCKET,
     BucketSampler,
     ImageCaptionDataset,
     first_images,
@@ -30,11 +30,11 @@ from data_utils import (
 from training_utils import ADTError
 
 
-BUCKETS = ("--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "16,16;12,20;24,12")
+BUCKETS = ("--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "16,16;16,24;32,16")
 # Of the library, on sides that tiny models take.
 pytestmark = pytest.mark.filterwarnings("ignore:Bucket dimension")
 ONE_FAMILY = pytest.mark.parametrize("family", ["sd15"], indirect=True)
-SIZES = [(16, 16), (12, 20), (24, 12)]
+SIZES = [(16, 16), (16, 24), (32, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def wide_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("wide")
     make_imagefolder(path, count=14)
     for n in range(14):
-        size = [(40, 40), (50, 30), (24, 48)][0 if n < 5 else 1 if n < 11 else 2]
+        size = [(40, 40), (48, 32), (24, 48)][0 if n < 5 else 1 if n < 11 else 2]
         file = path / f"{n:03d}.png"
         image = Image.open(file).convert("RGB").resize(size)
         file.unlink()
@@ -104,13 +104,13 @@ def test_images_cover_their_bucket(bucketed, wide_path):
     args = train_adt_sd15.parse_args(bucketed("--center_crop", "--image_interpolation_mode", "nearest"))
     images = ImageCaptionDataset(load_image_caption_dataset(args), args)
     assert [tuple(images[n, 0, 0]["pixel_values"].shape[1:]) for n in (0, 5, 13)] == SIZES
-    item = images[13, 0, 0]  # 24 x 48, of the shape of 12 x 24: all of it
+    item = images[13, 0, 0]  # 24 x 48, of the shape of 16 x 32: all of it
     with Image.open(wide_path / "013.jpg") as image:
-        upright = image.transpose(Image.Transpose.ROTATE_270).resize((12, 24), Image.Resampling.NEAREST)
+        upright = image.transpose(Image.Transpose.ROTATE_270).resize((16, 32), Image.Resampling.NEAREST)
     assert torch.equal(item["pixel_values"], torch.from_numpy(np.array(upright)).permute(2, 0, 1))
     assert item["original_size"] == (48, 24) and item["crop_top_left"] == (0, 0)
     crops = {images[5, 0, n]["crop_top_left"] for n in range(3)}
-    assert crops == {(0, 0)}  # 50 x 30 has the shape of 20 x 12
+    assert crops == {(0, 0)}  # 48 x 32 has the shape of 24 x 16
     assert images[0, 0, 0]["crop_top_left"] == (0, 0)
 
 
@@ -154,7 +154,7 @@ def make_order(shape, max_train_steps=10, first_iteration=0):
     processes, batch_size, micro = shape
     args = types.SimpleNamespace(
         train_batch_size=batch_size, gradient_accumulation_steps=micro, max_train_steps=max_train_steps, seed=3,
-        use_aspect_ratio_buckets=True, aspect_ratio_buckets="16,16;12,20;24,12",
+        use_aspect_ratio_buckets=True, aspect_ratio_buckets="16,16;16,24;32,16",
     )  # fmt: skip
     buckets = torch.tensor([0] * 5 + [1] * 9 + [-1, 2, 2, 2])
     samplers = [BucketSampler(buckets, args, processes, process, first_iteration) for process in range(processes)]
@@ -263,27 +263,54 @@ def test_discriminator_sees_the_shape():
 
 
 def test_runs_at_the_buckets_sizes(bucketed, family, tmp_path, monkeypatch):
-    """Rollout, VAE, discriminator, diffusion loss; validation stays square, the card has the sizes; exact resume."""
-    shapes, simulate = [], family.train.simulate_inference
+    """Rollout, VAE, discriminator, diffusion loss, validation; the card has the sizes; exact resume."""
+    shapes, roll_out = [], family.train.roll_out
 
-    def watch(predict, scheduler, latents, *others):
-        shapes.append(tuple(2 * side for side in latents.shape[2:]))
-        return simulate(predict, scheduler, latents, *others)
+    def watch(micro_batches, *others):
+        shapes.extend(tuple(2 * side for side in batches[0].latents.shape[2:]) for batches in micro_batches.values())
+        roll_out(micro_batches, *others)
 
-    monkeypatch.setattr(family.train, "simulate_inference", watch)
-    prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 1, "--checkpointing_steps", 2)
-    more = (*prompts, "--max_train_steps", 4, "--use_lora")
-    output = run_with(family, bucketed(*more, output_dir="full"), tmp_path / "full")
+    monkeypatch.setattr(family.train, "roll_out", watch)
+    prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 4)
+    more = ("--checkpointing_steps", 2, "--max_train_steps", 4, "--use_lora")
+    output = run_with(family, bucketed(*prompts, *more, output_dir="full"), tmp_path / "full")
     assert set(shapes) <= set(SIZES) and len(set(shapes)) > 1
     card = (output / "README.md").read_text()
-    assert "(height x width) of the nearest shape: 16x16, 12x20, 24x12." in card
+    assert "(height x width) of the nearest shape: 16x16, 16x24, 32x16." in card
     assert ("the original size of each image's bucket" in card) == (family.name == "sdxl")
-    assert "height=" not in card  # of 16 pixels, the pipeline's own
-    with Image.open(output / "images" / "prompt-0.png") as image:
-        assert image.size == (16, 32)
+    assert ", height=16, width=24)" in card
+    # In turn those of 6, 5 and 3 images; a grid's fields have the largest sides, of 24 and 32.
+    drawn = [Image.open(output / "validation" / "base" / f"prompt-0-{j}.png") for j in range(4)]
+    assert [image.size[::-1] for image in drawn] == [(16, 24), (16, 16), (32, 16), (16, 24)]
+    grid = np.array(Image.open(output / "images" / "prompt-0.png"))
+    assert grid.shape == (2 * 32, 4 * 24, 3)
+    assert np.array_equal(grid[:16, :24], np.array(drawn[0])) and (grid[16:32, :24] == 255).all()
     resumed = bucketed(*more, "--resume_from_checkpoint", output / "checkpoint-2", output_dir="resumed")
     resumed = run_with(family, resumed, tmp_path / "resumed")
     assert equal(checkpoint_state(resumed / "checkpoint-4"), checkpoint_state(output / "checkpoint-4"))
+
+
+@ONE_FAMILY
+def test_base_images_are_kept_for_the_same_sizes_alone(bucketed, family, tmp_path, caplog):
+    """Data that were mended may have others; the base's images are then drawn anew, before a checkpoint is loaded."""
+    # Two prompts, whose images of several sizes the drift guard compares.
+    prompts = ("--validation_prompts", "a red disc", "a blue disc", "--num_validation_images", 2)
+    prompts += ("--checkpointing_steps", 1)
+    output = run_with(family, bucketed(*prompts, "--max_train_steps", 1), tmp_path / "out")
+    kept = {file.name: file.read_bytes() for file in (output / "validation" / "base").iterdir()}
+    record = output / "validation" / "base" / "record.json"
+    resume = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    with caplog.at_level(logging.INFO):
+        run_with(family, bucketed(*prompts, *resume), output)
+        assert f"The base's validation images are {record.parent}" in caplog.text
+        caplog.clear()
+        text = record.read_text()
+        sizes = json.loads(text)["sizes"]
+        assert sizes == [[16, 24], [16, 16], [32, 16]]
+        record.write_text(json.dumps(json.loads(text) | {"sizes": sizes[::-1]}, indent=2))
+        run_with(family, bucketed(*prompts, *resume), output)
+        assert f"The base's validation images are {record.parent}" not in caplog.text
+    assert {file.name: file.read_bytes() for file in (output / "validation" / "base").iterdir()} == kept
 
 
 def run_with(family, arguments, output):

@@ -168,7 +168,7 @@ def test_every_image_that_a_resumed_run_uses_is_checked(options, check, decoded,
     assert used <= set(decoded)
 
 
-def test_check_images(check, decoded, dataset_path, tmp_path, monkeypatch):
+def test_check_images(check, decoded, dataset_path, tmp_path, monkeypatch, caplog):
     """A sample of another seed or start is another; all are decoded once, and again when a file is another."""
     monkeypatch.setattr(data_utils, "SAMPLE_SIZE", 3)
     more = ("--train_data_dir", copy_data(dataset_path, tmp_path / "data"), "--cache_dir", tmp_path / "cache")
@@ -187,9 +187,20 @@ def test_check_images(check, decoded, dataset_path, tmp_path, monkeypatch):
     os.utime(tmp_path / "data" / "005.png", (1, 1))
     assert decode("--check_images", "all") == list(range(8))
     copy_data(dataset_path, tmp_path / "other", [2])
+    bad = ("--check_images", "all", "--train_data_dir", tmp_path / "other")
     for _ in range(2):  # what is bad is not remembered as checked
         with pytest.raises(ADTError, match="image 2 .* does not decode"):
-            decode("--check_images", "all", "--train_data_dir", tmp_path / "other")
+            decode(*bad)
+    for expected in (list(range(8)), []):  # where it is skipped, what is bad is remembered as that
+        caplog.clear()
+        assert decode(*bad, "--skip_bad_images") == expected
+        assert "1 of 8 images are bad, and each time the next one stands in: The image 2 of" in caplog.text
+    decoded.clear()
+    with pytest.raises(ADTError, match="image 2 .* does not decode"):
+        check(*more, *bad)
+    assert decoded == []
+    shutil.copy(Path(dataset_path, "002.png"), tmp_path / "other")
+    assert decode(*bad) == list(range(8)) and decode(*bad) == []
 
 
 def test_missing_images_are_named_before_any_is_decoded(options, decoded, dataset_path, tmp_path, caplog):
@@ -346,6 +357,19 @@ def test_loader_pins_memory_for_cuda(loading):
     assert (loader.pin_memory, loader.num_workers) == (True, 2)
 
 
+def test_images_are_copied_without_waiting(run, monkeypatch):
+    copies, original = [], torch.Tensor.to
+
+    def to(self, *args, **kwargs):
+        if self.dtype == torch.uint8 and self.ndim == 4:
+            copies.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    run("--max_train_steps", 1, "--gradient_accumulation_steps", 2, "--adversarial_loss_weight", 0)
+    assert copies == [{"non_blocking": True}] * 2
+
+
 def test_workers_leave_signals_to_the_process_that_trains(loading):
     """A scheduler and a terminal send them to all processes of a job, of which this one wants to finish its work."""
     loader = iter(make_dataloader(loading("--dataloader_num_workers", 1, "--max_train_steps", 8)))
@@ -402,8 +426,12 @@ def test_bad_images_are_replaced_by_the_next_that_decode(loading, dataset_path, 
     assert expected.pop("bad_images") == [] and equal(item, expected)
 
 
-def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_path, monkeypatch):
-    """What one process finds, all raise, after the checkpoint that they write together."""
+@pytest.mark.parametrize("together", [1, 2])
+def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_path, monkeypatch, together):
+    """What one process finds, all raise, after the checkpoint that they write together.
+
+    Iterations whose rollouts run together are loaded together: none of them is done.
+    """
 
     class TwoProcesses:
         device, num_processes, process_index = torch.device("cpu"), 2, 0
@@ -413,14 +441,15 @@ def test_bad_image_of_another_process_ends_the_run(loading, dataset_path, tmp_pa
 
         def reduce(self, counts, reduction):
             self.reduced.append(reduction)
-            return counts + torch.tensor([1, 1]) * (len(self.reduced) == 3)  # the other has a bad one
+            return counts + torch.tensor([1, 1]) * (len(self.reduced) == 1 + 2 // together)  # the other has a bad one
 
     saved = []
-    run = loading("--gradient_accumulation_steps", 2, accelerator=TwoProcesses())
+    more = ("--gradient_accumulation_steps", 2, "--rollouts_per_batch", together)
+    run = loading(*more, accelerator=TwoProcesses())
     monkeypatch.setattr(data_utils, "gather_object", lambda own: [*own, "The other's image."])
     loader = data_utils.load_micro_batches(run, lambda iteration, run: saved.append(iteration))
     loaded = [next(loader)["positions"] for _ in range(4)]
-    assert loaded == [[0, 1], [4, 5]] * 2 and run.accelerator.reduced == ["sum"] * 2
+    assert loaded == [[0, 1], [4, 5]] * 2 and run.accelerator.reduced == ["sum"] * (2 // together)
     with pytest.raises(ADTError, match="^The other's image. The run ends with checkpoint-2. Mend"):
         next(loader)
     assert saved == [2]

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import scipy.linalg
 import tiny
 import torch
-from conftest import reset_accelerate
+from conftest import FAMILIES, reset_accelerate
 from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, UNet2DConditionModel
 from helpers import run_two_processes
 from PIL import Image, ImageFilter
@@ -262,6 +263,25 @@ def test_other_noise_levels_than_in_training_are_said(trained, options, family, 
     for name, changed in (("moved", [levels[0], levels[1] * 1.01, *levels[2:]]), ("shorter", levels[1:])):
         [sentence] = warnings(name, changed)
         assert sentence.startswith(f"{name} is sampled by other {key} ({levels[0]:.4g}, ") and "4 steps" in sentence
+
+    def warnings_of_checkpoint(name, levels):
+        """Of a run that has not ended."""
+        network = FAMILIES[family].network
+        checkpoint = trained(family, {}, name=name) / "checkpoint-2"
+        shutil.copytree(checkpoint.parent / network, checkpoint / network)
+        (checkpoint.parent / "adt_config.json").unlink()
+        config = {"pretrained_model_name_or_path": str(checkpoint.parent), "num_inference_steps": 4}
+        schedule = {"scheduler": type(scheduler).__name__, key: levels}
+        (checkpoint / "adt_checkpoint.json").write_text(
+            json.dumps({"iteration": 2, "config": config, "schedule": schedule})
+        )
+        args.resolution, args.pipelines, args.checkpoints = None, {}, {name: str(checkpoint.parent)}
+        [candidate] = pipelines.find_candidates(args)
+        return pipelines.check_candidate(candidate, args)["warnings"]
+
+    assert warnings_of_checkpoint("as-before", levels) == []
+    [sentence] = warnings_of_checkpoint("moved-since", [*levels[:-1], levels[-1] + 1])
+    assert sentence.startswith(f"moved-since is sampled by other {key} ({levels[0]:.4g}, ")
 
 
 def test_other_spacings_are_said():
@@ -521,7 +541,8 @@ def test_killed_evaluation_keeps_its_images(run, options, tmp_path, sd15_path):
 def test_two_processes_give_the_same_report(run, options, tmp_path):
     one = run("--batch_size", 3, "--vae_floor")
     shutil.move(tmp_path / "report", tmp_path / "one")
-    run_two_processes(evaluation.__file__, *options("--batch_size", 3, "--vae_floor"))
+    printed = run_two_processes(evaluation.__file__, *options("--batch_size", 3, "--vae_floor"))
+    assert re.search(r"Measuring: 100%.*\| 2/2 \[", printed)  # one's share of two runs and two floors
     two = json.loads((tmp_path / "report" / "report.json").read_text())
     for file in (tmp_path / "one" / "images").rglob("0*.png"):
         assert file.read_bytes() == (tmp_path / "report" / file.relative_to(tmp_path / "one")).read_bytes()

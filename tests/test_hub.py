@@ -127,7 +127,9 @@ def ask(monkeypatch):
         api = HfApi(endpoint=hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(output_utils, "create_repo", api.create_repo)
+        monkeypatch.setattr(output_utils, "auth_check", api.auth_check)
         monkeypatch.setattr(output_utils, "upload_folder", api.upload_folder)
 
     return ask
@@ -140,6 +142,19 @@ def test_wrong_token_is_told_before_the_training(run, ask, no_weights, tmp_path)
     with HubServer("hf_another") as hub:
         ask(hub)
         with pytest.raises(ADTError, match="--push_to_hub: you/tuned cannot be made on the Hub: .*401") as error:
+            run(*PUSH)
+    assert "\n" not in str(error.value) and TOKEN not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_token_that_may_only_read_is_told_before_the_training(run, ask, no_weights, tmp_path, exists):
+    """`create_repo` lets it pass where the repository is there."""
+    with HubServer("hf_another", reading_token=TOKEN) as hub:
+        hub.files |= {"you/tuned": {}} if exists else {}
+        ask(hub)
+        what = "written with this token" if exists else "made on the Hub"
+        with pytest.raises(ADTError, match=f"--push_to_hub: you/tuned cannot be {what}: .*403") as error:
             run(*PUSH)
     assert "\n" not in str(error.value) and TOKEN not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ from helpers import equal, handled, read_network, read_scalars
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
+import disk_utils
 import output_utils
 import train_adt_sd15 as train
 from config_utils import CONFIG
@@ -158,34 +159,84 @@ def test_full_disk_at_the_end(run, full_disk):
         run("--checkpointing_steps", 4, "--report_to", "none")
 
 
-@pytest.mark.parametrize("more", [("--use_ema",), ("--use_lora",)], ids=["ema", "lora"])
-def test_what_checkpoints_will_take(run, monkeypatch, more):
-    counted = []
-    original = output_utils.checkpoint_bytes
-    monkeypatch.setattr(output_utils, "checkpoint_bytes", lambda *args: counted.append(original(*args)) or counted[-1])
-    output = run(*more, "--checkpointing_steps", 4)
-    written = sum(file.stat().st_size for file in (output / "checkpoint-4").rglob("*.*"))
-    assert counted[0] == pytest.approx(written, rel=0.1)
+@pytest.mark.parametrize("name", ["write_images", "log_validation"], ids=["base", "tuned"])
+def test_full_disk_during_a_validation(run, full_disk, name):
+    """The base's images, and those of a checkpoint that has been written."""
+    full_disk(output_utils, name, 50)
+    with pytest.raises(
+        ADTError, match="validation images could not be written, with .* GB free: .*too large"
+    ) as error:
+        run("--validation_prompts", "a red disc", "--checkpointing_steps", 2, "--validation_steps", 2,
+            "--report_to", "none")  # fmt: skip
+    left = "There is no other." if name == "write_images" else "checkpoint-2 is whole: --resume_from_checkpoint latest"
+    assert left in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.fixture
+def spaces(monkeypatch):
+    """What runs think that they will take, in a list."""
+    found, original = [], disk_utils.find_space
+    monkeypatch.setattr(disk_utils, "find_space", lambda *args: found.append(original(*args)) or found[-1])
+    return found
+
+
+LORA = ("--use_lora", "--rank", 4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--use_ema",), LORA, (*LORA, "--fuse_lora", "--output_kohya_format"), ("--optimizer", "adafactor")],
+    ids=["ema", "lora", "fused", "adafactor"],
+)
+def test_what_a_run_will_take(run, spaces, monkeypatch, tmp_path, more):
+    coming, original = [], train.tune
+
+    def tune(sampler, noise_scheduler, run):
+        coming.append(disk_utils.bytes_to_come(tmp_path / "cache", run))
+        original(sampler, noise_scheduler, run)
+
+    monkeypatch.setattr(train, "tune", tune)
+    output = run(*more, "--checkpointing_steps", 4, "--report_to", "none")
+    checkpoint = output / "checkpoint-4"
+    files = [file for file in output.rglob("*.safetensors") if not file.is_relative_to(checkpoint)]
+    written = sum(value.nbytes for file in files for value in load_file(file).values())
+    [estimate, space] = spaces
+    sizes = {file: file.stat().st_size for file in checkpoint.rglob("*.*") if file.is_file()}
+    assert space.num_checkpoints == 1 and space.checkpoint == pytest.approx(sum(sizes.values()), rel=0.1)
+    assert space.result == pytest.approx(written, rel=0.01)
+    # Before a weight is loaded, all but the discriminator.
+    assert estimate.result == space.result and coming == [estimate.total]
+    of_discriminator = sizes[checkpoint / "discriminator.safetensors"] + sizes[checkpoint / "optimizer_1.bin"]
+    assert space.checkpoint - estimate.checkpoint == pytest.approx(of_discriminator, rel=0.1)
 
 
 def test_disk_that_is_too_small(run, monkeypatch, tmp_path, caplog):
     """Three are kept and a fourth is written before the first goes."""
-    monkeypatch.setattr(output_utils, "checkpoint_bytes", lambda *args: 30e9)
-    monkeypatch.setattr(output_utils, "free_gb", lambda directory: 100.0)
+    monkeypatch.setattr(disk_utils, "checkpoint_bytes", lambda *args: 30e9)
+    monkeypatch.setattr(disk_utils, "result_bytes", lambda *args: 0)
+    monkeypatch.setattr(disk_utils, "free_gb", lambda directory: 100.0)
     drawn = []
     monkeypatch.setattr(Validation, "draw", lambda self: drawn.append(1))
     more = ("--checkpointing_steps", 1, "--max_train_steps", 6)
-    sentence = r"take 30 GB each, 120 GB more at once, and 100 GB are free in .*/out: choose another --output_dir or"
+    sentence = "take 30 GB each, 120 GB more at once, the result 0 GB, and 100 GB are free in .*/out: choose another"
     with pytest.raises(ADTError, match=sentence):
         run(*more, "--validation_prompts", "a red disc")
     assert not drawn and list_checkpoints(tmp_path / "out") == []
     run(*more, "--checkpoints_total_limit", 2)
     run("--checkpointing_steps", 2)  # two in all, beside the two that are there
     run(*more, "--checkpoints_total_limit", 0, output_dir="all")
-    assert "180 GB more at once, and 100 GB are free" in caplog.text and "not all of them fit" in caplog.text
-    monkeypatch.setattr(output_utils, "free_gb", lambda directory: 20.0)
+    assert "180 GB more at once, the result 0 GB, and 100 GB are free" in caplog.text
+    assert "not all of them fit" in caplog.text
+    monkeypatch.setattr(disk_utils, "free_gb", lambda directory: 20.0)
     with pytest.raises(ADTError, match="20 GB are free"):
         run(*more, "--checkpoints_total_limit", 0, output_dir="none")
+    # The result counts, unless it is written over one that is there.
+    monkeypatch.setattr(disk_utils, "free_gb", lambda directory: 100.0)
+    monkeypatch.setattr(disk_utils, "result_bytes", lambda *args: 20e9)
+    three = ("--checkpointing_steps", 1, "--checkpoints_total_limit", 2, "--max_train_steps", 6)
+    with pytest.raises(ADTError, match="90 GB more at once, the result 20 GB, and 100 GB are free"):
+        run(*three, output_dir="full")
+    run(*three, output_dir="all")
 
 
 # What a run is recognised by
@@ -257,7 +308,7 @@ def test_other_noise_levels_are_refused(run, request):
     request.getfixturevalue("no_weights")  # from here on
     file = output / "checkpoint-4" / "adt_checkpoint.json"
     manifest = json.loads(file.read_text())
-    assert manifest["schedule"] == {"timesteps": [751, 501, 251, 1]}
+    assert manifest["schedule"] == {"scheduler": "DDIMScheduler", "timesteps": [751, 501, 251, 1]}
     file.write_text(json.dumps(manifest | {"schedule": {"timesteps": [999, 501, 251, 1]}}))
     with pytest.raises(ADTError, match=r"timesteps began with 999, 501, 251 \(now 751, 501, 251\)"):
         run("--resume_from_checkpoint", "latest")
@@ -416,6 +467,7 @@ def test_push_to_hub_sends_the_result_and_nothing_else(run, monkeypatch, tmp_pat
         return types.SimpleNamespace(repo_id="me/tuned-as-the-hub-has-it")
 
     monkeypatch.setattr(output_utils, "create_repo", create_repo)
+    monkeypatch.setattr(output_utils, "auth_check", lambda repo_id, **kwargs: calls.update(check=(repo_id, kwargs)))
     monkeypatch.setattr(output_utils, "upload_folder", lambda **kwargs: calls.update(upload=kwargs))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("of mine")
@@ -424,6 +476,7 @@ def test_push_to_hub_sends_the_result_and_nothing_else(run, monkeypatch, tmp_pat
         "--validation_prompts", "a red disc", *more,
     )  # fmt: skip
     assert calls["create"] == {"repo_id": "me/tuned", "exist_ok": True, "token": "hf_secret"}
+    assert calls["check"] == ("me/tuned-as-the-hub-has-it", {"token": "hf_secret", "write": True})
     upload = calls["upload"]
     assert upload["repo_id"] == "me/tuned-as-the-hub-has-it" and upload["token"] == "hf_secret"
     files = [str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,19 @@ def test_features_are_the_evaluators_standardised(tmp_path, evaluator):
     assert np.allclose(found.std(0), 1, atol=1e-3)
 
 
+@torch.no_grad()
+def test_the_tiny_decoder_draws_as_the_vae_does():
+    """Of latents as the denoiser has them, in every world that the VAE knows."""
+    assets = reproduce.DEMO / "assets" / "worlds"
+    vae = AutoencoderKL.from_pretrained(assets / "vae").eval()
+    tiny = AutoencoderTiny.from_pretrained(assets / "tiny_decoder").eval()
+    for world in reproduce.LOOKS:
+        images = torch.from_numpy(draw(world, 20, seed=4)[0]).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = vae.encode(images).latent_dist.mean
+        decoded = tiny.decode(latents * vae.config.scaling_factor).sample
+        assert (decoded - vae.decode(latents).sample).abs().mean() < 0.08  # of images in [-1, 1]
+
+
 # Methods
 
 
@@ -89,6 +103,7 @@ def test_methods_change_what_they_say(tmp_path):
     assert changes("ADT, recipe, pair weight 3", "ADT, recipe") == {"mismatched_pair_weight"}
     assert changes("ADT, recipe, gradient ratio 0.3", "ADT, recipe") == {"adversarial_gradient_ratio"}
     assert changes("ADT, recipe, reconstructed", "ADT, recipe") == {"real_images"}
+    assert changes("ADT, recipe, tiny decoder", "ADT, recipe") == set()  # its path is filled in
     assert changes(EQUAL_COMPUTE, "fine-tuning") == set()
     assert changes("fine-tuning at ADT's rate", "fine-tuning") == {"learning_rate", "lr_warmup_steps"}
     assert not {"learning_rate", "lr_warmup_steps"} & changes("fine-tuning at ADT's rate")
@@ -182,7 +197,7 @@ def test_variants_are_of_the_script_as_it_stands(tmp_path):
     )
     text = (tmp_path / "train_adt_sd15.py").read_text()
     compile(text, "train_adt_sd15.py", "exec")
-    variants = ("reals and fakes", "two negatives", "less late", "floor")
+    variants = ("reals and fakes", "two negatives", "less late", "floor", "relativistic", "approximated R1 and R2")
     assert all(f'"{name}"' in text for name in variants)
     page = (ROOT / "benchmarks" / "prompts.md").read_text()
     assert 'VARIANT="reals and fakes"' in page and all(f"`{name}`" in page for name in variants[1:])

@@ -82,6 +82,21 @@ SHORT_RUNS = {
     "full-disk": (None, ("--shard", "--use_ema", *EACH)),
     "killed": (None, ("--shard", *EACH)),
 }
+# What sharding, or a second process, meets in other modules: images of several sizes, a kernel of attention, a stream,
+# compiled blocks.
+BUCKETS = (
+    "--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "16,16;24,32", "--attention_backend", "math",
+    "--discriminator_norm_group", 1, "--max_train_steps", 3, "--generator_update_interval", 1,
+    # With so large an epsilon an update is proportional to the gradient, and rounding has no direction of its own.
+    "--adam_epsilon", 1e-3,
+)  # fmt: skip
+STREAM = ("--streaming", "--shuffle_buffer_size", 3, *TWO)
+PAIRED_RUNS = {
+    "buckets": (None, ("--shard", *EVERYTHING, *BUCKETS, "--train_batch_size", 1)),
+    "streamed": (None, ("--shard", *STREAM)),
+    "streamed-parallel": (None, STREAM),
+    "compiled": (None, ("--compile", *TWO)),
+}
 STRAIGHT = [("sd15", "simple", 2), ("sdxl", "simple", 2), ("sd3", "straight", 4)]  # and their iterations
 EACH_FAMILY = [pytest.param("sd3"), *(pytest.param(name, marks=pytest.mark.long) for name in ("sd15", "sdxl"))]
 
@@ -117,7 +132,7 @@ class Runs:
         two_processes.record(FAMILIES[name].train, self.root / name / kind, options)
 
     def planned(self, name, kind):
-        start, options = (RUNS | SHORT_RUNS)[kind]
+        start, options = (RUNS | SHORT_RUNS | PAIRED_RUNS)[kind]
         plan = {
             "script": FAMILIES[name].train.__name__,
             "options": self.options(name, kind, *SIZES[name][1], *options),
@@ -184,6 +199,19 @@ def make_long_runs(runs):
         runs.run_alone(name, "one", *EVERYTHING, *EACH)
         runs.run_alone(name, "one-finetune", *FINETUNE)
     runs.run_pairs([runs.planned(*run) for run in LONG])
+
+
+@pytest.fixture(scope="module")
+def paired_runs(paths, shared_path):
+    runs = Runs(shared_path / "paired", paths)
+    make_once(runs.root, lambda: make_paired_runs(runs))
+    return runs
+
+
+def make_paired_runs(runs):
+    runs.run_alone("sd15", "one-buckets", *EVERYTHING, *BUCKETS, "--train_batch_size", 2)
+    runs.run_alone("sd15", "one-eager", *TWO)
+    runs.run_pairs([runs.planned("sd15", kind) for kind in PAIRED_RUNS], TORCHINDUCTOR_COMPILE_THREADS="1")
 
 
 @pytest.fixture
@@ -290,6 +318,24 @@ def test_checkpoints_of_any_launch_go_on_in_any_other(runs_of, name):
 @pytest.mark.parametrize("name", EACH_FAMILY)
 def test_sharded_plain_fine_tuning(runs_of, name):
     assert_same_run(runs_of(name), name, "finetune", "one-finetune")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "one"), [("buckets", "one-buckets"), ("compiled", "one-eager")])
+def test_two_processes_with_other_options_make_the_run_of_one(paired_runs, kind, one):
+    """Buckets and a kernel of attention, sharded; compiled blocks, in data parallelism."""
+    assert_same_run(paired_runs, "sd15", kind, one)
+
+
+@pytest.mark.long
+def test_sharded_stream(paired_runs):
+    """Which follows from the number of processes, so that data parallelism is what has the same."""
+    (first, second), (expected, _) = (paired_runs.record("sd15", kind) for kind in ("streamed", "streamed-parallel"))
+    assert equal(first["weights"], second["weights"])
+    for gradient, value in zip(first["gradients"], expected["gradients"], strict=True):
+        assert relative(gradient, value) < 1e-4
+    for network, values in zip(first["weights"], expected["weights"], strict=True):
+        assert distance(network, values) < 1e-4
 
 
 def test_bf16_is_as_near_to_float32_as_data_parallelism(short_runs):

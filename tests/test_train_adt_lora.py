@@ -83,7 +83,11 @@ def with_the_script_s_draws(original):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_equals_the_family_script(name, base_paths, dinov2_path, squares_path, tmp_path, monkeypatch):
-    """Losses, gradients and weights of a generator update from the same draws, dropped captions among them."""
+    """Losses, gradients and weights of a generator update from the same draws, dropped captions among them.
+
+    Not with seed 0, by which SD1.5's images lie at a kink of the scoring: noise of 1e-6 on the family's own images
+    turns its gradient by 1 %, into this script's.
+    """
     family, base = FAMILIES[name], tmp_path / "base"
     shutil.copytree(base_paths[name], base)
     samplers = {"sd15": "ddim", "sdxl": "euler", "sd3": "euler"}  # the pipelines' own

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import data_utils
 import train_adt_sd3 as train
 import train_adt_sd15
-from adt_utils import constrained_step, signal_and_noise_levels, starting_latents
+from adt_utils import constrained_step, signal_and_noise_levels, simulate_inference, starting_latents
 from training_utils import ADTError
 
 
@@ -95,7 +95,7 @@ def test_rollout_under_every_shift_is_the_pipelines(options, tmp_path, sampler, 
         assert torch.allclose(scheduler.sigmas[:4], shift * u / (1 + (shift - 1) * u), atol=1e-5)
     predict = train.make_predict(pipeline.transformer, conditions_of(args), train.call_network)
     with torch.no_grad():
-        rollout = train.simulate_inference(predict, scheduler, noise, 0, args.guidance_scale)
+        rollout = simulate_inference(predict, scheduler, noise, 0, args.guidance_scale)
     assert relative(rollout.latents, expected) < 1e-5
 
 
@@ -149,7 +149,7 @@ def test_rollout_from_a_later_index_is_image_to_image(options, tmp_path, start_i
     ).images
     predict = train.make_predict(pipeline.transformer, conditions_of(args), train.call_network)
     with torch.no_grad():
-        rollout = train.simulate_inference(predict, scheduler, start, start_index, args.guidance_scale)
+        rollout = simulate_inference(predict, scheduler, start, start_index, args.guidance_scale)
     assert relative(rollout.latents, expected) < 1e-5
     sigma = scheduler.sigmas[start_index].item()
     assert signal_and_noise_levels(scheduler, start_index) == pytest.approx((1 - sigma, sigma), rel=1e-6)

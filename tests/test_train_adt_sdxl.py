@@ -297,10 +297,13 @@ def test_cache_needs_its_space_before_anything_is_encoded(run, cache, encoded, m
     monkeypatch.setattr(
         shutil, "disk_usage", lambda folder: free if Path(folder).name == "cache" else original(folder)
     )
-    with pytest.raises(ADTError, match="cache needs 0.0 GB for 9 captions, and 0.0 GB are free"):
-        run(*cache)
-    assert encoded == [""]
-    free.free += 1
+    for reserved, more in ((0, "and"), (10**8, "checkpoints and the result 0.1 GB of the same disk, and")):
+        monkeypatch.setattr(train, "bytes_to_come", lambda *args, reserved=reserved: reserved)
+        with pytest.raises(ADTError, match=f"cache needs 0.0 GB for 9 captions, {more} {reserved / 1e9:.1f} GB are f"):
+            run(*cache)
+        free.free += 10**8
+    assert encoded == ["", ""]
+    free.free += 1 - 10**8
     run(*cache, "--max_train_steps", 1)
     free.free = 0
     run(*cache, "--max_train_steps", 1)  # all are there

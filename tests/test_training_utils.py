@@ -116,6 +116,7 @@ ELSEWHERE = {
     "hub_model_id", "hub_token", "config", "dataset_split", "streaming", "shuffle_buffer_size",
     "use_aspect_ratio_buckets", "aspect_ratio_buckets",
     "compile", "attention_backend", "replay_branches", "decoder_model_name_or_path",  # tests/test_speed_utils.py
+    "rollouts_per_batch",  # tests/test_families.py
 }  # fmt: skip
 
 
@@ -230,10 +231,38 @@ def fails(options, *more, capsys):
         (("--hub_token", "hf_x\nhf_y"), "argument --hub_token: must be one word of printable ASCII$"),
         (("--hub_token", "hf_x", "--report_to", "wandb"), "--hub_token would reach wandb"),
         (("--hub_token", "hf_x", "--report_to", "all"), "--hub_token would reach all"),
+        (("--rollouts_per_batch", 3), "3 is more than --generator_update_interval 2: after an update the generator"),
+        (("--rollouts_per_batch", 2, "--compile"), "does not go with --compile: each number of images"),
+        (("--rollouts_per_batch", 2, "--streaming"), "does not go with --streaming: a checkpoint among those"),
+        (
+            ("--rollouts_per_batch", 2, "--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "16,16"),
+            "does not go with --use_aspect_ratio_buckets: the iterations' images differ in size",
+        ),
     ],
 )
 def test_bad_options(options, capsys, more, sentence):
     assert re.search(sentence, fails(options, *more, capsys=capsys))
+
+
+@pytest.mark.parametrize(
+    ("together", "more", "groups"),
+    [
+        (1, (), [1] * 8),
+        (3, (), [3, 2, 3]),  # an interval of 5, and the run's end
+        (5, ("--generator_start_step", 7), [5, 3]),
+        (5, ("--adversarial_loss_weight", 0), [1] * 8),
+    ],
+)
+def test_rollout_groups(options, together, more, groups):
+    sizes = ("--rollouts_per_batch", together, "--generator_update_interval", 5, "--max_train_steps", 8)
+    args, first = train.parse_args(options(*sizes, *more)), 0
+    for size in groups:
+        group = range(first, first + size)
+        assert all(training_utils.rollout_group(iteration, args) == group for iteration in group)
+        if args.adversarial:
+            assert not any(training_utils.is_generator_iteration(iteration, args) for iteration in group[:-1])
+        first = group.stop
+    assert first == args.max_train_steps
 
 
 def test_no_dataset(capsys):
@@ -338,21 +367,20 @@ class CountCasts(TorchDispatchMode):
 def test_rollout_casts_each_weight_once(run, monkeypatch, sd15_path):
     """And the casts end with it: they have no gradient, and a weight that was used without one would not move."""
     networks, counts = [], []
-    load_network, simulate_inference = train.load_network, train.simulate_inference
+    load_network, roll_out = train.load_network, train.roll_out
 
     def load(*arguments):
         networks.append(load_network(*arguments))
         return networks[-1]
 
-    def simulate(*arguments):
+    def counted(micro_batches, *others):
         with CountCasts(networks[0]) as casts:
-            rollout = simulate_inference(*arguments)
-        assert rollout.latents.dtype == torch.float32
+            roll_out(micro_batches, *others)
+        assert all(batch.rollout.latents.dtype == torch.float32 for (batch,) in micro_batches.values())
         counts.append(casts.counts)
-        return rollout
 
     monkeypatch.setattr(train, "load_network", load)
-    monkeypatch.setattr(train, "simulate_inference", simulate)
+    monkeypatch.setattr(train, "roll_out", counted)
     bf16 = ("--mixed_precision", "bf16", "--generator_update_interval", 1, "--max_train_steps", 1, "--seed", 2)
     tuned, base = read_network(run(*bf16)), read_network(sd15_path)
     assert {*counts[0].values()} == {0, 1} and sum(counts[0].values()) > 100
@@ -467,6 +495,7 @@ UTILS = (
     "streaming_utils",
     "data_utils",
     "adversary_utils",
+    "disk_utils",
     "output_utils",
 )  # each may import those before it
 

@@ -33,7 +33,7 @@ def record(train, directory, options):
     import training_utils
 
     models, gradients, start_indices, threads, weights = {}, [], [], [], []
-    step, simulate_inference = training_utils.Trained.step, getattr(train, "simulate_inference", None)
+    step, roll_out = training_utils.Trained.step, getattr(train, "roll_out", None)
     end_training = training_utils.Accelerator.end_training
 
     signalled = tuple(int(os.environ.get(name, -1)) for name in ("SIGNALLED_RANK", "SIGNALLED_ITERATION"))
@@ -47,9 +47,9 @@ def record(train, directory, options):
         models[trained.name] = [parameter.detach() for parameter in trained.network.parameters()]
         return stepped
 
-    def recording_inference(predict, scheduler, latents, start_index, *others):
-        start_indices.append(start_index)
-        return simulate_inference(predict, scheduler, latents, start_index, *others)
+    def recording_roll_out(micro_batches, paths, *others):
+        start_indices.extend(paths[n][0] for n, batches in micro_batches.items() for _ in batches)
+        roll_out(micro_batches, paths, *others)
 
     def recording_end(accelerator):
         weights.extend([whole(parameter) for parameter in parameters] for parameters in models.values())
@@ -57,12 +57,12 @@ def record(train, directory, options):
         end_training(accelerator)
         threads.append(gloo_threads())
 
-    training_utils.Trained.step, train.simulate_inference = recording_step, recording_inference
+    training_utils.Trained.step, train.roll_out = recording_step, recording_roll_out
     training_utils.Accelerator.end_training = recording_end
     try:
         train.main(train.parse_args(options))
     finally:
-        training_utils.Trained.step, train.simulate_inference = step, simulate_inference
+        training_utils.Trained.step, train.roll_out = step, roll_out
         training_utils.Accelerator.end_training = end_training
     rank = PartialState().process_index
     Path(directory).mkdir(parents=True, exist_ok=True)
