@@ -78,7 +78,7 @@ def parse_args():
     parser.add_argument("--evaluator_steps", type=int, default=1500)
     parser.add_argument("--dinov2_steps", type=int, default=1200)
     parser.add_argument("--sd3_steps", type=int, default=2500)
-    parser.add_argument("--flux_steps", type=int, default=2500)
+    parser.add_argument("--flux_steps", type=int, default=2000)
     parser.add_argument("--worlds_steps", type=int, default=1500)
     parser.add_argument("--resnet_steps", type=int, default=800)
     parser.add_argument("--tiny_decoder_steps", type=int, default=1000)
@@ -364,7 +364,8 @@ def train_flux(output_dir, steps, seed):
         ).sample
         return F.mse_loss(velocity, noise - packed[indices])
 
-    train("flux", nn.ModuleList([transformer, clip, t5]), loss_function, count, steps, learning_rate=1e-3)
+    networks = nn.ModuleList([transformer, clip, t5])
+    train("flux", networks, loss_function, count, steps, learning_rate=1e-3, batch_size=32)
     FluxPipeline(
         vae=vae,
         text_encoder=clip,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import two_processes
 from conftest import FAMILIES, reset_accelerate, short_run_options
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FluxTransformer2DModel
 from helpers import checkpoint_state, equal, read_scalars, relative, run_two_processes
 from PIL import Image
 from safetensors.torch import load_file
@@ -196,6 +196,20 @@ def test_resumed_run_equals_uninterrupted_run(run):
         run("flux", *more, "--guidance_scale", 2, "--resume_from_checkpoint", "latest", output_dir="half")
 
 
+def test_max_sequence_length(run, monkeypatch):
+    """In the rollout, the diffusion loss, validation and the card."""
+    lengths, forward = [], FluxTransformer2DModel.forward
+
+    def watch(self, *args, **kwargs):
+        lengths.append(kwargs["encoder_hidden_states"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", watch)
+    output = run("flux", "--max_sequence_length", 6, "--max_train_steps", 2, *PROMPTS)
+    assert set(lengths) == {6}
+    assert "max_sequence_length=6" in (output / "README.md").read_text()
+
+
 def test_two_processes_equal_one(options, tmp_path):
     """And so do micro-batches; gradients, scores and weights."""
     common = ("--generator_update_interval", 1, "--max_train_steps", 2, "--adversarial_loss_weight", "auto",
@@ -262,6 +276,7 @@ def edited(path, tmp_path, **changes):
         ("qwen_image", {}, ("--guidance_scale", 3), "--guidance_scale does nothing .* give --true_cfg_scale"),
         ("qwen_image", {}, ("--pretrained_vae_model_name_or_path", "sd15"), "has no AutoencoderKL, but another VAE"),
         ("z_image", {}, ("--true_cfg_scale", 3), "has guidance by --guidance_scale"),
+        ("sdxl", {}, ("--max_sequence_length", 8), "the call of a StableDiffusionXLPipeline has no such argument"),
         ("/nowhere", {}, (), "/nowhere is not a readable pipeline"),
     ],
 )
