@@ -6,8 +6,9 @@ import types
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, short_run_options
 from helpers import NO_ACCELERATOR, checkpoint_state, equal, read_network, read_result, relative
+from tiny_pipelines import save_whole_pipeline
 
 import memory_utils
 import train_adt_lora
@@ -341,6 +342,26 @@ def test_base_in_four_bits(run, family, four_bits, monkeypatch):
     if family.name == "sd15":
         resumed = run(*options, "--resume_from_checkpoint", output / "checkpoint-1", output_dir="resumed")
         assert equal(checkpoint_state(output / "checkpoint-2"), checkpoint_state(resumed / "checkpoint-2"))
+
+
+def test_base_in_four_bits_of_any_pipeline(four_bits, dinov2_path, dataset_path, tmp_path, monkeypatch):
+    """FLUX.1's adapters move over a transformer that stays as it was loaded."""
+    networks, prepare = [], train_adt_lora.prepare_network
+
+    def record(*args):
+        networks.append(prepare(*args))
+        return networks[-1]
+
+    monkeypatch.setattr(train_adt_lora, "prepare_network", record)
+    base = save_whole_pipeline("flux", tmp_path / "base")
+    nothing_more = types.SimpleNamespace(options=())
+    more = (*SHORT, *four_bits[1:], *BF16)
+    options = short_run_options(nothing_more, base, dinov2_path, dataset_path, tmp_path / "out", *more)
+    train_adt_lora.main(train_adt_lora.parse_args(options))
+    kinds = {type(module).__name__ for name, module in networks[0].named_modules() if name.endswith("base_layer")}
+    assert kinds == {"Linear4bit"}
+    assert {p.dtype for p in networks[0].parameters() if p.requires_grad} == {torch.float32}
+    assert all(value.norm() > 0 for value in read_result(tmp_path / "out", "transformer").values())
 
 
 @pytest.mark.parametrize("family", [FAMILIES["sd15"], FAMILIES["sd3"]], ids=["sd15", "sd3"])
