@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo demo-sd3 reproduce related test test-long quality docs clean
+.PHONY: demo demo-sd3 demo-flux reproduce related test test-long quality docs clean
 
 .venv/installed: requirements.txt requirements-evaluate.txt constraints.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +16,10 @@ demo: .venv/installed
 
 demo-sd3: .venv/installed
 	$(BIN)/python demo/demo.py --family sd3
+
+# FLUX.1, whose tiny base pipeline is trained first: low-rank adapters by train_adt_lora.py.
+demo-flux: .venv/installed
+	$(BIN)/python demo/demo.py --family flux
 
 # All methods in all worlds, three seeds: three to ten hours on two cores; started again, it goes on where it was.
 reproduce: .venv/installed
@@ -42,5 +46,5 @@ docs: .venv/installed
 	$(BIN)/python docs/write_options.py
 
 clean:
-	rm -rf .venv benchmarks/output demo/output demo/output-sd3 demo/assets/sd3 .pytest_cache .ruff_cache
+	rm -rf .venv benchmarks/output demo/output demo/output-sd3 demo/output-flux demo/assets/sd3 demo/assets/flux .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

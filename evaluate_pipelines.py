@@ -177,11 +177,13 @@ def guided_call(pipeline, guidance_scale, options, count) -> dict:
     """What a pipeline is called with for `count` prompts, its guidance among it.
 
     With a pipeline such as Qwen-Image's, which has `true_cfg_scale` and whose network takes no guidance as an input,
-    it is that one, and needs a negative prompt.
+    it is that one, and needs a negative prompt. It is off by default in FLUX.1's, and stays so for a network such as
+    FLUX.1-schnell's, unless that was trained with it.
     """
     options, network = dict(options), pipeline.components.get("transformer")
     accepted = inspect.signature(pipeline.__call__).parameters
-    if "true_cfg_scale" in accepted and not network.config.get("guidance_embeds", False):
+    by_true_scale = "true_cfg_scale" in accepted and not network.config.get("guidance_embeds", False)
+    if by_true_scale and options.get("true_cfg_scale", accepted["true_cfg_scale"].default) > 1:
         options |= {"true_cfg_scale": guidance_scale, "negative_prompt": options.get("negative_prompt", "")}
     else:
         options["guidance_scale"] = guidance_scale

@@ -38,6 +38,7 @@ the training is that of the family scripts: the loop, the draws, exact resuming,
 """
 
 import argparse
+import contextlib
 import inspect
 import logging
 import sys
@@ -51,7 +52,7 @@ import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from adt_pipeline import ConstrainedPipeline, Gradients
 from adt_utils import (
@@ -66,6 +67,7 @@ from adversary_utils import adversarial_weight, check_adversary, make_adversary,
 from data_utils import (
     OnDevice,
     check_used_images,
+    digest_of,
     draw_per_image,
     images_per_epoch,
     load_image_caption_dataset,
@@ -134,6 +136,7 @@ ABSENT = {
     "shard", "fused_backward_pass", "offload_gradients",  # for a whole network
     "use_aspect_ratio_buckets", "aspect_ratio_buckets", "decoder_model_name_or_path",
     "noise_offset",  # the start, noise included, is the pipeline's
+    "compile",  # not tried: pipelines differ in what they call the denoiser with
     "replay_branches",  # a call of the denoiser is replayed as the pipeline made it
     "rollouts_per_batch",  # a rollout is a call of the pipeline
 }  # fmt: skip
@@ -155,6 +158,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--true_cfg_scale", type=non_negative_float, default=None,
         help="Guidance by a negative prompt, where the pipeline calls it so; its own.")  # fmt: skip
     add("--negative_prompt", default=None, help="Of guidance; the pipeline's own, empty.")
+    add("--max_sequence_length", type=positive_int, default=None,
+        help="Tokens of the prompt, where the pipeline's call has it; its own.")  # fmt: skip
     add_adversarial_arguments(parser)
     add_discriminator_arguments(parser)
     add_output_arguments(parser)
@@ -217,34 +222,50 @@ def read_base(args) -> Base:
         index = DiffusionPipeline.load_config(path, **hub)
     except OSError as error:
         raise ADTError(f"--pretrained_model_name_or_path {path} is not a readable pipeline: {error}") from error
-    name = index["_class_name"]
+    name = index.get("_class_name")
     forms = {made.__name__: (key, made) for key, made in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items()}
-    if name not in forms:
+    if not isinstance(name, str) or name not in forms:
         raise ADTError(f"{path} is a {name}, which is none of the text-to-image pipelines that diffusers lists.")
     key, pipeline_class = forms[name]
     from_image = AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(key)
-    if from_image is None or "strength" not in inspect.signature(from_image.__call__).parameters:
+    call = {} if from_image is None else inspect.signature(from_image.__call__).parameters
+    if "strength" not in call:
         raise ADTError(f"{path} is a {name}, of which diffusers has no form that starts from a noised image.")
-    named = {part: value for part, value in index.items() if isinstance(value, list) and value[0] == "diffusers"}
-    components = {part: getattr(diffusers, kind) for part, (_, kind) in named.items()}
-    network_name = next((part for part in ("unet", "transformer") if part in components), None)
+    if "control_image" in call:
+        raise ADTError(f"{path} is a {name}, which wants a control image beside the prompt: there is none here.")
+    network_name = next(
+        (part for part in ("unet", "transformer") if index.get(part) not in (None, [None, None])), None
+    )
     if network_name is None:
         raise ADTError(f"{path} has no denoiser: none of its components is a unet or a transformer.")
     accepted = inspect.signature(pipeline_class.__init__).parameters
     settings = {part: value for part, value in index.items() if part in accepted and not isinstance(value, list)}
     settings |= {part: False for part in ("requires_safety_checker", "add_watermarker") if part in accepted}
-    parts = ("scheduler", "vae", network_name)
-    return Base(pipeline_class, network_name, {part: components[part] for part in parts}, settings)
+    components = {part: component_class(index, part, path) for part in ("scheduler", "vae", network_name)}
+    return Base(pipeline_class, network_name, components, settings)
+
+
+def component_class(index, part, path) -> type:
+    """diffusers' class of a component, as `model_index.json` names it. Raises `ADTError` where it names none."""
+    named, kind = index.get(part), None
+    if isinstance(named, list) and len(named) == 2 and named[0] == "diffusers":
+        kind = getattr(diffusers, str(named[1]), None)
+    if not hasattr(kind, "load_config"):
+        raise ADTError(f"{path} has no {part} of a class of diffusers: its model_index.json says {named}.")
+    return kind
 
 
 def check_models(args):
     """Checks everything that the models' configurations tell, before any weight is loaded.
 
     Returns:
-        the `Base`, and the options with the pipeline's own defaults filled in.
+        the `Base`, the options with the pipeline's own defaults filled in, and a digest of the scheduler's
+        configuration, by which a checkpoint knows its noise levels: the call sets them, and a Hub's name may move on.
     """
     base, path = read_base(args), args.pretrained_model_name_or_path
     name, hub = base.pipeline_class.__name__, {"revision": args.revision, "cache_dir": args.cache_dir}
+    if args.pretrained_vae_model_name_or_path is not None and base.components["vae"] is not diffusers.AutoencoderKL:
+        raise ADTError(f"--pretrained_vae_model_name_or_path: {path} has no AutoencoderKL, but another VAE.")
     outline, configs = {}, {}
     for part, kind in base.components.items():
         other = args.pretrained_vae_model_name_or_path if part == "vae" else None
@@ -258,8 +279,8 @@ def check_models(args):
             raise ADTError(f"The {part} of {other or path} is not readable: {error}") from error
         with init_empty_weights():
             outline[part] = kind.from_config(configs[part])
-    if args.pretrained_vae_model_name_or_path is not None and base.components["vae"] is not diffusers.AutoencoderKL:
-        raise ADTError(f"--pretrained_vae_model_name_or_path: {path} has no AutoencoderKL, but another VAE.")
+    if args.pretrained_vae_model_name_or_path is not None:
+        check_other_vae(configs["vae"], outline["vae"].config, args)
     if f"{base.network_name}_lora_layers" not in inspect.signature(base.pipeline_class.save_lora_weights).parameters:
         raise ADTError(f"{path} is a {name}, whose adapters diffusers does not save.")
     config = configs[base.network_name]
@@ -289,7 +310,32 @@ def check_models(args):
         )
     check_adversary(args)
     check_lora(args, base.network_class, config)
-    return base, args
+    scheduler = {key: value for key, value in configs["scheduler"].items() if key != "_diffusers_version"}
+    return base, args, digest_of(sorted(scheduler.items()))
+
+
+def check_other_vae(written, config, args):
+    """Refuses a VAE that does not make the latents of the base's.
+
+    Args:
+        written: its configuration as its file has it.
+        config: the same with the class's defaults filled in.
+    """
+    path, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
+    hub = {"revision": args.revision, "cache_dir": args.cache_dir}
+    with init_empty_weights():
+        own = diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(path, subfolder="vae", **hub))
+    if config.latent_channels != own.config.latent_channels:
+        raise ADTError(
+            f"--pretrained_vae_model_name_or_path {other} has latents of {config.latent_channels} channels, and the "
+            f"VAE of {path} of {own.config.latent_channels}."
+        )
+    for name in ("scaling_factor", "shift_factor"):
+        if written.get(name) is None and config[name] != own.config[name]:
+            raise ADTError(
+                f"--pretrained_vae_model_name_or_path {other} says no {name}, and the VAE of {path} has "
+                f"{own.config[name]}."
+            )
 
 
 def resolve_inference(args, pipeline, config):
@@ -299,10 +345,13 @@ def resolve_inference(args, pipeline, config):
     Qwen-Image's, call guidance by a negative prompt `true_cfg_scale`, and have it only where there is such a prompt.
     """
     name, call = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
-    given = {option: getattr(args, option) for option in ("num_inference_steps", "guidance_scale", "true_cfg_scale")}
+    options = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "max_sequence_length")
+    given = {option: getattr(args, option) for option in options}
     values = {
         option: call[option].default if value is None and option in call else value for option, value in given.items()
     }
+    if "max_sequence_length" not in call and given["max_sequence_length"] is not None:
+        raise ADTError(f"--max_sequence_length: the call of a {name} has no such argument.")
     if "true_cfg_scale" not in call and given["true_cfg_scale"] is not None:
         raise ADTError(f"--true_cfg_scale: {name} has guidance by --guidance_scale.")
     if "true_cfg_scale" in call and not config.get("guidance_embeds", False):
@@ -314,6 +363,8 @@ def resolve_inference(args, pipeline, config):
         negative_prompt = negative_prompt or ""
     elif "true_cfg_scale" in call and negative_prompt is not None:
         raise ADTError("--negative_prompt needs a --true_cfg_scale above 1.")
+    elif values["guidance_scale"] == 0 and "true_cfg_scale" not in call and negative_prompt is not None:
+        raise ADTError("--negative_prompt does nothing with a guidance scale of 0, which is no guidance.")
     elif "true_cfg_scale" in call and values["true_cfg_scale"] == call["true_cfg_scale"].default:
         values["true_cfg_scale"] = None  # off, as it is where nothing is said
     return args.replace(**values, negative_prompt=negative_prompt)
@@ -321,13 +372,14 @@ def resolve_inference(args, pipeline, config):
 
 def inference_options(args) -> dict:
     """What the pipeline is called with, beside the prompt and the size, to sample as in training."""
-    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt")
+    names = ("num_inference_steps", "guidance_scale", "true_cfg_scale", "negative_prompt", "max_sequence_length")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def conditional_options(pipeline, args) -> dict:
     """What it is called with to predict for the prompt alone; a distilled guidance stays what it is."""
-    options = {"num_inference_steps": args.num_inference_steps}
+    names = ("num_inference_steps", "max_sequence_length")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "true_cfg_scale" in inspect.signature(pipeline.__call__).parameters:
         guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
         return options | {"true_cfg_scale": 1.0} | guidance
@@ -338,12 +390,15 @@ class PromptEncoder:
     """`encode_prompt` of a pipeline that has the text encoders alone, in place of the tuned pipelines' own.
 
     Its embeddings are in float32 whatever the encoders' precision, since a pipeline gives its latents the embeddings'.
+    They are kept until `forget`, since the diffusion loss asks for those of the rollout again.
     """
 
     def __init__(self, base, args, accelerator):
+        accepted = inspect.signature(base.pipeline_class.__init__).parameters
         self.pipeline = base.pipeline_class.from_pretrained(
             args.pretrained_model_name_or_path,
             **{base.network_name: None, "vae": None},
+            **{part: None for part in ("safety_checker", "image_encoder") if part in accepted},
             **{name: value for name, value in base.settings.items() if value is False},
             dtype=weight_dtype(accelerator),
             **hub_options(args),
@@ -355,14 +410,21 @@ class PromptEncoder:
             network.requires_grad_(False).eval()
             network.to(torch.device("cpu") if args.offload_text_encoders else accelerator.device)
         self.on_device = OnDevice(networks if args.offload_text_encoders else [], accelerator.device)
+        self.kept = {}
 
     @torch.no_grad()
     def __call__(self, *args, **options):
-        with self.on_device:
-            embeddings = self.pipeline.encode_prompt(*args, **options)
-        return tree_map_only(
-            torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, embeddings
-        )
+        key = repr((args, options))  # of prompts and settings; first, since a pipeline may write into the prompts
+        if key not in self.kept:
+            with self.on_device:
+                embeddings = self.pipeline.encode_prompt(*args, **options)
+            self.kept[key] = tree_map_only(
+                torch.Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, embeddings
+            )
+        return tree_map(lambda own: own, self.kept[key])  # lists of its own, into which a pipeline may write
+
+    def forget(self):
+        self.kept.clear()
 
 
 def load_pipelines(base, args, accelerator):
@@ -448,6 +510,10 @@ class PipelineValidation(Validation):
         self.pipeline = pipeline
         super().__init__(generator, adversary, models, run.args.validation_prompts or [], run)
 
+    def draw(self):
+        with self.pipeline.encode_prompt.on_device:
+            return super().draw()
+
     def make_pipeline(self):
         return self.pipeline
 
@@ -502,7 +568,7 @@ def rollout_options(batch, args) -> dict:
 def train(generator, adversary, tunable, validation, run):
     """The training loop, its comments numbered as the paper's algorithm."""
     args = run.args
-    progress = Progress(generator, tunable.pipeline.scheduler, run)
+    progress, prompt_encoder = Progress(generator, tunable.pipeline.scheduler, run), tunable.pipeline.encode_prompt
     loader = load_micro_batches(run, save_checkpoint)
     for iteration in range(run.first_iteration, args.max_train_steps):
         started = time.perf_counter()
@@ -510,6 +576,7 @@ def train(generator, adversary, tunable, validation, run):
         dropout = make_generator(args.seed, "dropout", iteration, run.accelerator.process_index)
         torch.manual_seed(dropout.initial_seed())
 
+        prompt_encoder.forget()
         # 1. The global batch's micro-batches.
         batches = [
             prepare_batch(next(loader), iteration, tunable, run) for _ in range(args.gradient_accumulation_steps)
@@ -524,8 +591,8 @@ def train(generator, adversary, tunable, validation, run):
         if updates_generator:
             train_steps = select_train_steps(start_index, num_steps, args.num_gradient_steps, path_generator)
         # 4. Simulate inference and 5. decode.
-        for batch in batches:
-            with torch.set_grad_enabled(updates_generator):
+        with prompt_encoder.on_device, torch.set_grad_enabled(updates_generator):
+            for batch in batches:
                 batch.generated = tunable(
                     **batch.call(tunable.pipeline, batch.captions), **rollout_options(batch, args),
                     start_index=start_index, train_steps=train_steps,
@@ -632,14 +699,17 @@ def update_generator(batches, start_index, iteration, generator, adversary, tuna
 
     if args.diffusion_loss_weight > 0:
         generator.wrapped.train()
-        for batch in batches:
-            with generator.synchronise_if(False):
-                loss, prediction = diffusion_loss(batch, start_index, tunable, args)
-                weighted = args.diffusion_loss_weight * loss
-                gradient = torch.autograd.grad(weighted, prediction, retain_graph=True)[0]
-                accelerator.backward(weighted)
-            totals.add_means(diffusion_loss=loss)
-            totals.add_squared_norms(diffusion_gradient_norm=gradient.square().sum())
+        # Dropped captions are new to the text encoders; the others have been encoded for the rollout.
+        dropping = args.proportion_empty_prompts > 0
+        with tunable.pipeline.encode_prompt.on_device if dropping else contextlib.nullcontext():
+            for batch in batches:
+                with generator.synchronise_if(False):
+                    loss, prediction = diffusion_loss(batch, start_index, tunable, args)
+                    weighted = args.diffusion_loss_weight * loss
+                    gradient = torch.autograd.grad(weighted, prediction, retain_graph=True)[0]
+                    accelerator.backward(weighted)
+                totals.add_means(diffusion_loss=loss)
+                totals.add_squared_norms(diffusion_gradient_norm=gradient.square().sum())
         generator.wrapped.eval()
 
     values = totals.reduce(accelerator, iteration)
@@ -703,11 +773,11 @@ def main(args):
     accelerator = start_accelerator(args)
     interruption = Interruption(args, accelerator)
     # Everything that can be checked before a model is loaded.
-    base, args = check_models(args)
+    base, args, scheduler = check_models(args)
     dataset = load_image_caption_dataset(args)
     args = resolve_schedule(args, images_per_epoch(dataset, args, accelerator), accelerator)
-    # The sampler's timesteps come with the base pipeline, by whose content a run is recognised.
     identity = identify_run(args, {}, dataset, accelerator)
+    identity["models"]["scheduler"] = scheduler
     checkpoint, first_iteration = find_checkpoint(identity, args)
     check_used_images(dataset, first_iteration, args, accelerator)
     repo_id = create_output(args, accelerator)

@@ -449,8 +449,13 @@ def hub_options(args) -> dict:
 
 
 def network_options(args, accelerator) -> dict:
-    """What the trained network's `from_pretrained` is given beside the place."""
-    return hub_options(args) | quantization_options(args, weight_dtype(accelerator), accelerator.device)
+    """What the trained network's `from_pretrained` is given beside the place.
+
+    A base under adapters is read in the precision that it stays in, so that the host never holds it in float32.
+    """
+    dtype = weight_dtype(accelerator)
+    own = {"dtype": dtype} if args.use_lora else {}
+    return hub_options(args) | own | quantization_options(args, dtype, accelerator.device)
 
 
 def weight_dtype(accelerator) -> torch.dtype:
@@ -591,12 +596,11 @@ def check_lora(args, network_class, config):
 
 def prepare_network(network, args, accelerator):
     """What trains is in float32: the network's own weights, or adapters over frozen, lighter weights."""
-    in_four_bits = args.bnb_quantization_config_path is not None
-    if not in_four_bits:  # which is loaded as it stays
+    if not args.use_lora:
         network.float()
-    if args.use_lora:
+    else:
         network.requires_grad_(False)
-        if in_four_bits:
+        if args.bnb_quantization_config_path is not None:  # which is loaded as it stays
             keep_norms_in_float32(network)
         else:
             network.type(weight_dtype(accelerator)).to(accelerator.device)

@@ -2,8 +2,9 @@
 
     python demo/demo.py                 # SD1.5, whose base pipeline is in the repository
     python demo/demo.py --family sd3    # SD3, whose base pipeline is trained first
+    python demo/demo.py --family flux   # FLUX.1, too: ADT of low-rank adapters, from the base, by train_adt_lora.py
 
-It runs the same training script that a user with a real model runs, three times:
+It runs the same training script that a user with a real model runs, three times, or for FLUX once:
 
     fine-tuned    plain fine-tuning of the base pipeline
     longer        plain fine-tuning of that result, for as many iterations as ADT gets
@@ -12,7 +13,7 @@ It runs the same training script that a user with a real model runs, three times
 and ends with `comparison.png` (rows: base, fine-tuned, fine-tuned longer, ADT, real; same prompts and seeds) and
 `results.json`: for each row a Fréchet distance to real images on features that the discriminator does not use, and the
 share of samples that show all that the prompt asks for. Finished runs are kept, and stopped ones are taken up again.
-It ends with an error unless ADT's distance is clearly below the base's, and below fine-tuning longer's.
+It ends with an error unless ADT's distance is clearly below the base's, and below fine-tuning longer's where that is.
 """
 
 import argparse
@@ -40,11 +41,14 @@ DEMO = Path(__file__).resolve().parent
 SAMPLING = {
     "sd15": {"num_inference_steps": 10, "guidance_scale": 3.0},
     "sd3": {"num_inference_steps": 10, "guidance_scale": 3.0, "max_sequence_length": 1},
+    "flux": {"num_inference_steps": 10, "true_cfg_scale": 3.0, "negative_prompt": "", "max_sequence_length": 16},
 }
+SCRIPTS = {"sd15": "train_adt_sd15.py", "sd3": "train_adt_sd3.py", "flux": "train_adt_lora.py"}
 TRAINING = [
     "--resolution", "32", "--center_crop", "--train_batch_size", "16", "--checkpointing_steps", "200",
     "--checkpoints_total_limit", "1", "--report_to", "tensorboard", "--dataloader_num_workers", "0",
 ]  # fmt: skip
+LONGER = "fine-tuned longer"
 FINE_TUNING = ["--adversarial_loss_weight", "0", "--learning_rate", "3e-4", "--lr_warmup_steps", "50"]
 ADVERSARIAL = [
     "--learning_rate", "5e-5", "--lr_warmup_steps", "10",
@@ -54,6 +58,8 @@ ADVERSARIAL = [
     "--discriminator_layers", "-1", "1", "3", "5", "--discriminator_resolution", "32",
     "--augmentation_policy",
 ]  # fmt: skip
+# Adapters start at zero, and here from the base, so that they also learn by the diffusion loss.
+ADAPTERS = [*ADVERSARIAL, "--learning_rate", "1e-3", "--rank", "16"]
 # What holds the prompt (`benchmarks/reproduction.md`).
 HOLDING = ["--mismatched_pair_weight", "1", "--use_ema", "--ema_decay", "0.97"]
 
@@ -82,7 +88,7 @@ def tune(name, base, steps, options, args, log=None, module=None):
     output = args.output_dir / name
     script, discriminator, sampling = ["-m", module, "--family", args.family], [], []
     if module is None:
-        script = [f"train_adt_{args.family}.py"]
+        script = [SCRIPTS[args.family]]
         discriminator = ["--discriminator_model_name_or_path", args.assets / "dinov2"]
         sampling = [word for key, value in SAMPLING[args.family].items() for word in (f"--{key}", value)]
     command = [
@@ -100,7 +106,7 @@ def tune(name, base, steps, options, args, log=None, module=None):
     text = f"{shlex.join(command)}\n# base {digest.hexdigest()}\n".replace(str(DEMO.parent), ".")
     record = output / "command.txt"
     if record.is_file() and record.read_text() == text:
-        if (output / "model_index.json").is_file():
+        if (output / "adt_config.json").is_file():
             print(f"{output} is there.", flush=True)
             return output
     else:
@@ -115,19 +121,29 @@ def tune(name, base, steps, options, args, log=None, module=None):
 
 @torch.no_grad()
 def sample(path, family, captions, seed):
-    """Images (N, 3, 32, 32) in [0, 1], one for each caption; the same noise for every pipeline."""
+    """Images (N, 3, 32, 32) in [0, 1], one for each caption; the same noise for every pipeline.
+
+    Args:
+        path: of a pipeline, or (of a base, of its adapters).
+    """
     absent = {"text_encoder_3": None, "tokenizer_3": None} if family == "sd3" else {}
-    pipeline = DiffusionPipeline.from_pretrained(path, **absent)
+    base, *adapters = path if isinstance(path, tuple) else (path,)
+    pipeline = DiffusionPipeline.from_pretrained(base, **absent)
+    for folder in adapters:
+        pipeline.load_lora_weights(folder)
     pipeline.set_progress_bar_config(disable=True)
     if family == "sd15" and not isinstance(pipeline.scheduler, DDIMScheduler):  # the base's
         pipeline.scheduler = DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
         )
     generator = torch.Generator().manual_seed(seed)
-    images = [
-        pipeline(captions[first : first + 100], generator=generator, output_type="pt", **SAMPLING[family]).images
-        for first in range(0, len(captions), 100)
-    ]
+    options = SAMPLING[family] | {"height": 32, "width": 32, "output_type": "pt"}
+    images = []
+    for first in range(0, len(captions), 100):
+        prompts = captions[first : first + 100]
+        if "negative_prompt" in options:
+            options["negative_prompt"] = [""] * len(prompts)
+        images.append(pipeline(prompts, generator=generator, **options).images)
     return torch.cat(images).float()
 
 
@@ -195,16 +211,21 @@ def main():
     if not (base / "model_index.json").is_file():
         command = [sys.executable, DEMO / "make_assets.py", "--only", args.family, "--output_dir", args.assets]
         subprocess.run(command, check=True)
-    fine_tuned = tune("fine-tuned", base, args.fine_tuning_steps, FINE_TUNING, args)
-    longer = tune("longer", fine_tuned, args.adt_steps, FINE_TUNING, args)
-    adt = tune("adt", fine_tuned, args.adt_steps, [*ADVERSARIAL, *HOLDING], args)
+    if args.family == "flux":
+        adapters = tune("adt", base, args.adt_steps, [*ADAPTERS, *HOLDING], args)
+        pipelines = {"base": base, "ADT": (base, adapters)}
+    else:
+        fine_tuned = tune("fine-tuned", base, args.fine_tuning_steps, FINE_TUNING, args)
+        longer = tune("longer", fine_tuned, args.adt_steps, FINE_TUNING, args)
+        adt = tune("adt", fine_tuned, args.adt_steps, [*ADVERSARIAL, *HOLDING], args)
+        pipelines = {"base": base, "fine-tuned": fine_tuned, LONGER: longer, "ADT": adt}
 
     real, captions, attributes = draw("shaded", args.num_samples, seed=2)
     real = torch.from_numpy(real).permute(0, 3, 1, 2) / 255
     other, _, _ = draw("shaded", args.num_samples, seed=3)
     evaluator = load_evaluator(args.assets / "evaluator" / "model.safetensors")
     rows, results = {}, {}
-    for name, path in {"base": base, "fine-tuned": fine_tuned, "fine-tuned longer": longer, "ADT": adt}.items():
+    for name, path in pipelines.items():
         rows[name] = sample(path, args.family, captions, seed=4)
         results[name] = measure(rows[name], attributes, real, evaluator)
     rows["real"] = torch.from_numpy(other).permute(0, 3, 1, 2) / 255
@@ -218,7 +239,7 @@ def main():
         print(f"{name:20}{values['frechet_distance']:18.3f}{values['prompt_followed']:18.1%}")
     print(f"\n{args.output_dir / 'comparison.png'}, {(time.time() - started) / 60:.1f} minutes")
     distances = {name: values["frechet_distance"] for name, values in results.items()}
-    if not distances["ADT"] < min(0.8 * distances["base"], distances["fine-tuned longer"]):
+    if not distances["ADT"] < min(0.8 * distances["base"], distances.get(LONGER, float("inf"))):
         sys.exit("error: ADT's distance is not clearly below the base's and below fine-tuning longer's.")
 
 

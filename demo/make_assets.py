@@ -4,11 +4,13 @@
     python demo/make_assets.py --only unet         # one of them again
     python demo/make_assets.py --only              # measure what is there
     python demo/make_assets.py --only sd3          # the SD3 demo's pipeline, which is not in the repository
+    python demo/make_assets.py --only flux         # the FLUX demo's, neither
 
 It writes, under `--output_dir`:
     pipeline    a tiny `StableDiffusionPipeline` that draws the `flat` distribution of `shapes.py` from a caption;
                 its VAE also knows `shaded`, since it stays frozen when the UNet is tuned
     sd3         a tiny `StableDiffusion3Pipeline` that draws the same, with the same VAE and without T5
+    flux        a tiny `FluxPipeline` that draws the same, with the same VAE, for guidance by a negative prompt
     dinov2      a tiny `Dinov2Model` for the discriminator
     evaluator   the classifier of `evaluator.py`, for the metrics
     worlds      for `reproduce.py` (`--only worlds`, 20 minutes): a VAE and a classifier that know all worlds
@@ -28,6 +30,8 @@ from diffusers import (
     AutoencoderTiny,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -50,13 +54,15 @@ from transformers import (
     Dinov2Model,
     ResNetConfig,
     ResNetModel,
+    T5Config,
+    T5EncoderModel,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from worlds import WORLDS, draw
 
 
 STAGES = ("vae", "unet", "evaluator", "dinov2")
-NAMED = ("sd3", "worlds", "resnet", "tiny_decoder")  # only where they are named
+NAMED = ("sd3", "worlds", "resnet", "tiny_decoder", "flux")  # only where they are named
 LOOKS = tuple(world for world in WORLDS if world != "correlated")  # which looks like `shaded`
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -72,6 +78,7 @@ def parse_args():
     parser.add_argument("--evaluator_steps", type=int, default=1500)
     parser.add_argument("--dinov2_steps", type=int, default=1200)
     parser.add_argument("--sd3_steps", type=int, default=2500)
+    parser.add_argument("--flux_steps", type=int, default=2000)
     parser.add_argument("--worlds_steps", type=int, default=1500)
     parser.add_argument("--resnet_steps", type=int, default=800)
     parser.add_argument("--tiny_decoder_steps", type=int, default=1000)
@@ -306,6 +313,70 @@ def train_sd3(output_dir, steps, seed):
     ).save_pretrained(output_dir / "sd3")
 
 
+def train_flux(output_dir, steps, seed):
+    """Trains a FLUX transformer and its text encoders on `flat`, with the VAE that is there; no distilled guidance."""
+    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae", shift_factor=0.0).eval()
+    images, captions, _ = load_images(["flat"], 20000, seed)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(500)])
+    latents = latents * vae.config.scaling_factor
+    count, channels, height, width = latents.shape
+    packed = FluxPipeline._pack_latents(latents, count, channels, height, width)
+    places = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
+
+    tokenizer = build_tokenizer()
+    length = tokenizer.model_max_length
+    token_ids = tokenizer(["", *captions], padding="max_length", return_tensors="pt").input_ids
+    empty_ids, caption_ids = token_ids[:1], token_ids[1:]
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=length, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=4 * channels, num_layers=3, num_single_layers=3, attention_head_dim=24,
+        num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(4, 10, 10),
+        guidance_embeds=False,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+    def loss_function(indices):
+        dropped = torch.rand(len(indices), 1) < 0.1
+        tokens = torch.where(dropped, empty_ids, caption_ids[indices])
+        noise = torch.randn_like(packed[indices])
+        positions = (torch.randn(len(indices)).sigmoid() * 1000).long()
+        sigma = scheduler.sigmas[positions].view(-1, 1, 1)
+        velocity = transformer(
+            hidden_states=(1 - sigma) * packed[indices] + sigma * noise,
+            timestep=scheduler.timesteps[positions] / 1000,
+            encoder_hidden_states=t5(tokens)[0],
+            pooled_projections=clip(tokens).pooler_output,
+            txt_ids=torch.zeros(length, 3),
+            img_ids=places,
+        ).sample
+        return F.mse_loss(velocity, noise - packed[indices])
+
+    networks = nn.ModuleList([transformer, clip, t5])
+    train("flux", networks, loss_function, count, steps, learning_rate=1e-3, batch_size=32)
+    FluxPipeline(
+        vae=vae,
+        text_encoder=clip,
+        text_encoder_2=t5,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+        scheduler=scheduler,
+    ).save_pretrained(output_dir / "flux")
+
+
 def augment(images):
     """Changes contrast and brightness a little and adds noise, so that a classifier does not rely on exact pixels."""
     contrast = 1 + 0.2 * (torch.rand(len(images), 1, 1, 1) - 0.5)
@@ -470,13 +541,14 @@ def main():
     args = parse_args()
     trainers = {"vae": train_vae, "unet": train_unet, "evaluator": train_evaluator, "dinov2": train_dinov2}
     trainers |= {"sd3": train_sd3, "worlds": train_worlds, "resnet": train_resnet, "tiny_decoder": train_tiny_decoder}
+    trainers |= {"flux": train_flux}
     for index, (stage, trainer) in enumerate(trainers.items()):
         if stage in args.only:
             seed = 1000 * args.seed + 100 * index
             torch.manual_seed(seed)
             trainer(args.output_dir, getattr(args, f"{stage}_steps"), seed)
     needed = ("pipeline/model_index.json", "evaluator/model.safetensors")
-    if list(args.only) != ["sd3"] and all((args.output_dir / name).exists() for name in needed):
+    if list(args.only) not in (["sd3"], ["flux"]) and all((args.output_dir / name).exists() for name in needed):
         measure(args.output_dir, 1000 * args.seed + 900)
 
 

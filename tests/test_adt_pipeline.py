@@ -3,6 +3,7 @@
 import copy
 import gc
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from helpers import NO_ACCELERATOR, relative, run_two_processes
 from peft import LoraConfig
-from tiny_pipelines import PIPELINES, ROWS, TOKENS, make_pipeline
+from tiny_pipelines import PIPELINES, ROWS, TOKENS, make_pipeline, save_whole_pipeline
 from torch import nn
 
 from adt_pipeline import ConstrainedPipeline, check_pipeline
@@ -591,3 +592,22 @@ def test_class(name):
     else:
         with pytest.raises(ValueError, match=reason):
             check_pipeline(pipeline)
+
+
+def test_lines_of_the_readme(tmp_path):
+    page = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    [code] = [block for block in blocks if "ConstrainedPipeline" in block]
+    changes = {
+        "black-forest-labs/FLUX.1-dev": save_whole_pipeline("flux", tmp_path),
+        '"cuda"': '"cpu"',
+        "num_inference_steps=28": "num_inference_steps=4, height=16, width=16",
+    }
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    names = {}
+    exec(code, names)
+    assert names["images"].shape == (1, 3, 16, 16)
+    gradients = [parameter.grad for parameter in names["pipeline"].transformer.parameters()]
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)

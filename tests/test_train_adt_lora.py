@@ -6,11 +6,18 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 import two_processes
 from conftest import FAMILIES, reset_accelerate, short_run_options
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from helpers import checkpoint_state, equal, read_scalars, relative, run_two_processes
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,7 +25,9 @@ from tiny import make_imagefolder
 from tiny_pipelines import save_whole_pipeline
 
 import evaluate_adt
+import output_utils
 import train_adt_lora as train
+from data_utils import OnDevice
 from training_utils import ADTError, Trained
 
 
@@ -29,7 +38,9 @@ NAMES = ("flux", "qwen_image", "z_image")
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory):
     """The tiny pipelines, saved with their text encoders."""
-    return {name: save_whole_pipeline(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+    made = {name: save_whole_pipeline(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+    schnell = save_whole_pipeline("flux", tmp_path_factory.mktemp("flux_schnell"), guidance_embeds=False)
+    return made | {"flux_schnell": schnell}
 
 
 @pytest.fixture
@@ -196,6 +207,49 @@ def test_resumed_run_equals_uninterrupted_run(run):
         run("flux", *more, "--guidance_scale", 2, "--resume_from_checkpoint", "latest", output_dir="half")
 
 
+def test_another_scheduler_is_another_run(run, paths, tmp_path, monkeypatch):
+    """Where the base pipeline is a name on the Hub, which tells nothing of its noise levels."""
+    monkeypatch.setattr(output_utils, "identify_model", lambda path: "a name")
+    base = Path(edited(paths["flux"], tmp_path))
+    more = (str(base), "--generator_update_interval", 1, "--checkpointing_steps", 1)
+    run(*more, "--max_train_steps", 1)
+    run(*more, "--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_shift": 1.5}))
+    with pytest.raises(ADTError, match="made with another configuration: scheduler "):
+        run(*more, "--max_train_steps", 3, "--resume_from_checkpoint", "latest")
+
+
+@pytest.mark.parametrize(("dropped", "encoded", "opened"), [(0, 1 + 2 * 2, 1 + 2), (1, 1 + 2 * 3, 1 + 2 * 2)])
+def test_prompts_are_encoded_once_an_iteration(dropped, encoded, opened, run, monkeypatch):
+    """And the text encoders come to the device once for all rollouts; one call tries the pipeline out."""
+    calls = count_calls(FluxPipeline, "encode_prompt", monkeypatch)
+    openings, enter = [], OnDevice.__enter__
+
+    def watch_enter(self):
+        openings.append(self.depth == 0)
+        return enter(self)
+
+    monkeypatch.setattr(OnDevice, "__enter__", watch_enter)
+    run("flux", "--max_train_steps", 2, "--generator_update_interval", 1, "--gradient_accumulation_steps", 2,
+        "--offload_text_encoders", "--proportion_empty_prompts", dropped)  # fmt: skip
+    assert (len(calls), sum(openings)) == (encoded, opened)
+
+
+def test_max_sequence_length(run, monkeypatch):
+    """In the rollout, the diffusion loss, validation and the card."""
+    lengths, forward = [], FluxTransformer2DModel.forward
+
+    def watch(self, *args, **kwargs):
+        lengths.append(kwargs["encoder_hidden_states"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", watch)
+    output = run("flux", "--max_sequence_length", 6, "--max_train_steps", 2, *PROMPTS)
+    assert set(lengths) == {6}
+    assert "max_sequence_length=6" in (output / "README.md").read_text()
+
+
 def test_two_processes_equal_one(options, tmp_path):
     """And so do micro-batches; gradients, scores and weights."""
     common = ("--generator_update_interval", 1, "--max_train_steps", 2, "--adversarial_loss_weight", "auto",
@@ -215,11 +269,26 @@ def test_two_processes_equal_one(options, tmp_path):
         assert found[tag] == pytest.approx(values, rel=1e-4, abs=1e-5), tag
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
-def test_evaluation_takes_the_result(name, run, paths, dinov2_path, dataset_path, tmp_path):
-    """Under the guidance that the pipeline has, drawn by each from the same noise."""
+def count_calls(kind, method, monkeypatch) -> list:
+    """An item is added for each call."""
+    calls, original = [], getattr(kind, method)
+
+    def watch(self, *args, **kwargs):
+        calls.append(1)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, method, watch)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "calls"), [("flux", 1), ("flux_schnell", 1), ("qwen_image", 2), ("z_image", 1)])
+def test_evaluation_takes_the_result(name, calls, run, paths, dataset_path, tmp_path, monkeypatch):
+    """Under the guidance that the pipeline has, by its calls of the network a step, from the same noise."""
     result = run(name, "--max_train_steps", 1, "--generator_update_interval", 1)
     reset_accelerate()
+    index = json.loads(Path(paths[name], "model_index.json").read_text())
+    found = {getattr(diffusers, index["transformer"][1]): "forward", FlowMatchEulerDiscreteScheduler: "step"}
+    counts = {method: count_calls(kind, method, monkeypatch) for kind, method in found.items()}
     evaluate_adt.main(
         evaluate_adt.parse_args(
             ["--pipelines", f"base={paths[name]}", f"adt={paths[name]}", "--lora", f"adt={result}",
@@ -230,16 +299,17 @@ def test_evaluation_takes_the_result(name, run, paths, dinov2_path, dataset_path
     )  # fmt: skip
     drawn = [path.read_bytes() for path in (tmp_path / "report").rglob("000000.png")]
     assert len(drawn) == 2 and drawn[0] != drawn[1]
+    assert len(counts["forward"]) == calls * len(counts["step"]) > 0
     assert (tmp_path / "report" / "report.html").is_file()
 
 
 # Bad input
 
 
-def edited(path, tmp_path, **changes):
-    """A copy of a pipeline whose `model_index.json` says otherwise."""
+def edited(path, tmp_path, name="model_index.json", **changes):
+    """A copy of a folder, a pipeline's, whose configuration says otherwise."""
     shutil.copytree(path, tmp_path / "edited")
-    file = tmp_path / "edited" / "model_index.json"
+    file = tmp_path / "edited" / name
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return str(tmp_path / "edited")
 
@@ -248,6 +318,14 @@ def edited(path, tmp_path, **changes):
     ("name", "changes", "more", "sentence"),
     [
         ("flux", {"transformer": [None, None]}, (), "has no denoiser"),
+        ("flux", {"vae": None}, (), "has no vae of a class of diffusers: its model_index.json says None"),
+        ("flux", {"scheduler": [None, None]}, (), "has no scheduler of a class of diffusers"),
+        ("flux", {"transformer": ["diffusers", "NoSuchModel"]}, (), "has no transformer of a class of diffusers"),
+        ("flux", {"transformer": ["diffusers", None]}, (), "has no transformer of a class of diffusers"),
+        ("flux", {"transformer": ["transformer_flux", "Mine"]}, (), "has no transformer of a class of diffusers"),
+        ("flux", {"_class_name": ["pipeline", "Mine"]}, (), "none of the text-to-image pipelines that diffusers"),
+        ("flux", {"_class_name": "FluxControlPipeline"}, (), "wants a control image beside the prompt"),
+        ("flux", {"_class_name": "FluxControlNetPipeline"}, (), "wants a control image beside the prompt"),
         ("flux", {"_class_name": "CogVideoXPipeline"}, (), "none of the text-to-image pipelines that diffusers lists"),
         ("flux", {"_class_name": "SanaPipeline"}, (), "no form that starts from a noised image"),
         ("flux", {"_class_name": "Flux2KleinPipeline"}, (), "no form that starts from a noised image"),
@@ -261,7 +339,11 @@ def edited(path, tmp_path, **changes):
         ("flux", {}, ("--pretrained_vae_model_name_or_path", "/nowhere"), "The vae of /nowhere is not readable"),
         ("qwen_image", {}, ("--guidance_scale", 3), "--guidance_scale does nothing .* give --true_cfg_scale"),
         ("qwen_image", {}, ("--pretrained_vae_model_name_or_path", "sd15"), "has no AutoencoderKL, but another VAE"),
+        ("z_image", {}, ("--pretrained_vae_model_name_or_path", "sd15"), "sd15.*/vae says no shift_factor"),
+        ("flux", {}, ("--pretrained_vae_model_name_or_path", "wide"), "has latents of 8 channels, and .* of 4"),
+        ("z_image", {}, ("--guidance_scale", 0, "--negative_prompt", "bad"), "does nothing with a guidance scale of"),
         ("z_image", {}, ("--true_cfg_scale", 3), "has guidance by --guidance_scale"),
+        ("sdxl", {}, ("--max_sequence_length", 8), "the call of a StableDiffusionXLPipeline has no such argument"),
         ("/nowhere", {}, (), "/nowhere is not a readable pipeline"),
     ],
 )
@@ -271,6 +353,8 @@ def test_bad_input_is_refused_before_a_weight_is_loaded(
     path = paths.get(name) or base_paths.get(name) or name
     if more[-1:] == ("sd15",):
         more = (more[0], f"{base_paths['sd15']}/vae")
+    if more[-1:] == ("wide",):
+        more = (more[0], edited(f"{base_paths['sd15']}/vae", tmp_path, "config.json", latent_channels=8))
     with pytest.raises(ADTError, match=sentence):
         run(edited(path, tmp_path, **changes) if changes else path, *more)
 
@@ -282,6 +366,7 @@ def test_bad_input_is_refused_before_a_weight_is_loaded(
         (("--adversarial_loss_weight", 0), "plain fine-tuning, which this script does not do"),
         (("--sampler", "ddim"), "unrecognized arguments: --sampler"),
         (("--use_lora",), "unrecognized arguments: --use_lora"),
+        (("--compile",), "unrecognized arguments: --compile"),
     ],
 )
 def test_bad_options(more, sentence, options, capsys):
