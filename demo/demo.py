@@ -67,7 +67,7 @@ HOLDING = ["--mismatched_pair_weight", "1", "--use_ema", "--ema_decay", "0.97"]
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=SAMPLING, default="sd15")
-    parser.add_argument("--output_dir", type=Path, default=None, help="output, or output-sd3, beside this file.")
+    parser.add_argument("--output_dir", type=Path, default=None, help="output, or output-FAMILY, beside this file.")
     parser.add_argument("--assets", type=Path, default=DEMO / "assets", help="What make_assets.py wrote.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fine_tuning_steps", type=int, default=600, help="Iterations of plain fine-tuning.")
