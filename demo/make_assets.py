@@ -174,32 +174,45 @@ def build_tokenizer():
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=16)
 
 
-def train_unet(output_dir, steps, seed):
-    """Trains the UNet and the text encoder on `flat`, with the VAE that is there, and writes the whole pipeline."""
-    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae").eval()
+def load_flat(output_dir, seed, **changes):
+    """What a text-to-image network trains on: `flat`, by the VAE that is there and a new tokenizer.
+
+    Args:
+        changes: of the VAE's configuration.
+
+    Returns:
+        the VAE; scaled latents (N, C, h, w); the tokenizer; the token ids of the empty prompt (1, L) and of the
+        captions (N, L).
+    """
+    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae", **changes).eval()
     vae.register_to_config(_name_or_path="")  # it is saved again, and where it lay is nobody's business
     images, captions, _ = load_images(["flat"], 20000, seed)
     with torch.no_grad():
         latents = torch.cat([vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(500)])
-    latents = latents * vae.config.scaling_factor
-
     tokenizer = build_tokenizer()
     token_ids = tokenizer(["", *captions], padding="max_length", return_tensors="pt").input_ids
-    empty_ids, caption_ids = token_ids[:1], token_ids[1:]
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            projection_dim=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return vae, latents * vae.config.scaling_factor, tokenizer, token_ids[:1], token_ids[1:]
+
+
+def clip_config(tokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def train_unet(output_dir, steps, seed):
+    """Trains the UNet and the text encoder on `flat`, with the VAE that is there, and writes the whole pipeline."""
+    vae, latents, tokenizer, empty_ids, caption_ids = load_flat(output_dir, seed)
+    text_encoder = CLIPTextModel(clip_config(tokenizer))
     unet = UNet2DConditionModel(
         sample_size=latents.shape[-1],
         in_channels=vae.config.latent_channels,
@@ -247,27 +260,8 @@ def train_unet(output_dir, steps, seed):
 def train_sd3(output_dir, steps, seed):
     """Trains a rectified-flow transformer and its text encoders on `flat`, with the VAE that is there."""
     # The VAE has no `shift_factor`, which SD3's have: 0 says the same.
-    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae", shift_factor=0.0).eval()
-    images, captions, _ = load_images(["flat"], 20000, seed)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(500)])
-    latents = latents * vae.config.scaling_factor
-
-    tokenizer = build_tokenizer()
-    token_ids = tokenizer(["", *captions], padding="max_length", return_tensors="pt").input_ids
-    empty_ids, caption_ids = token_ids[:1], token_ids[1:]
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
-        projection_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    vae, latents, tokenizer, empty_ids, caption_ids = load_flat(output_dir, seed, shift_factor=0.0)
+    config = clip_config(tokenizer)
     text_encoders = nn.ModuleList(CLIPTextModelWithProjection(config) for _ in range(2))
     transformer = SD3Transformer2DModel(
         sample_size=latents.shape[-1],
@@ -315,26 +309,11 @@ def train_sd3(output_dir, steps, seed):
 
 def train_flux(output_dir, steps, seed):
     """Trains a FLUX transformer and its text encoders on `flat`, with the VAE that is there; no distilled guidance."""
-    vae = AutoencoderKL.from_pretrained(output_dir / "pipeline" / "vae", shift_factor=0.0).eval()
-    images, captions, _ = load_images(["flat"], 20000, seed)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(2 * batch - 1).latent_dist.mean for batch in images.split(500)])
-    latents = latents * vae.config.scaling_factor
+    vae, latents, tokenizer, empty_ids, caption_ids = load_flat(output_dir, seed, shift_factor=0.0)
     count, channels, height, width = latents.shape
     packed = FluxPipeline._pack_latents(latents, count, channels, height, width)
     places = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, "cpu", torch.float32)
-
-    tokenizer = build_tokenizer()
-    length = tokenizer.model_max_length
-    token_ids = tokenizer(["", *captions], padding="max_length", return_tensors="pt").input_ids
-    empty_ids, caption_ids = token_ids[:1], token_ids[1:]
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=length, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
+    clip = CLIPTextModel(clip_config(tokenizer))
     t5 = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0,
@@ -359,7 +338,7 @@ def train_flux(output_dir, steps, seed):
             timestep=scheduler.timesteps[positions] / 1000,
             encoder_hidden_states=t5(tokens)[0],
             pooled_projections=clip(tokens).pooler_output,
-            txt_ids=torch.zeros(length, 3),
+            txt_ids=torch.zeros(tokens.shape[1], 3),
             img_ids=places,
         ).sample
         return F.mse_loss(velocity, noise - packed[indices])

@@ -293,7 +293,7 @@ def test_evaluation_takes_the_result(name, calls, run, paths, dataset_path, tmp_
         evaluate_adt.parse_args(
             ["--pipelines", f"base={paths[name]}", f"adt={paths[name]}", "--lora", f"adt={result}",
              "--dataset_name", dataset_path, "--split", "train", "--num_images", "2", "--sampler", "own:2",
-             "--guidance_scale", "3", "--resolution", "16", "--metrics", "sharpness",
+             "--guidance_scale", "3", "--resolution", "16", "--metrics", "sharpness", "--dataloader_num_workers", "0",
              "--output_dir", str(tmp_path / "report")]
         )
     )  # fmt: skip
