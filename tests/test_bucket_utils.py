@@ -317,26 +317,28 @@ def test_base_images_are_kept_for_the_same_sizes_alone(bucketed, family, tmp_pat
     assert {file.name: file.read_bytes() for file in (output / "validation" / "base").iterdir()} == kept
 
 
-@ONE_FAMILY
-@pytest.mark.parametrize("script", [train_add, train_lcm, train_robust])
-def test_related_systems_train_on_them(script, base_path, wide_path, dinov2_path, tmp_path, monkeypatch):
-    shapes, prepare_batch = set(), train_adt_sd15.prepare_batch
+@pytest.mark.parametrize(
+    ("script", "family"), [(train_robust, "sd15"), (train_add, "sdxl"), (train_lcm, "sd3")], indirect=["family"]
+)
+def test_related_systems_train_on_them(script, family, base_path, wide_path, dinov2_path, tmp_path, monkeypatch):
+    shapes, prepare_batch = set(), family.train.prepare_batch
 
     def watched(*args):
         batch = prepare_batch(*args)
         shapes.add(tuple(2 * side for side in batch.latents.shape[2:]))
         return batch
 
-    monkeypatch.setattr(train_adt_sd15, "prepare_batch", watched)
+    monkeypatch.setattr(family.train, "prepare_batch", watched)
     network = (
         "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", 1, "--discriminator_resolution",
         16, "--mismatched_pair_weight", 1,
     )  # fmt: skip
     words = [
-        "--family", "sd15", "--pretrained_model_name_or_path", base_path, "--train_data_dir", wide_path, *BUCKETS,
-        "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 4, "--checkpointing_steps", 100,
-        "--num_inference_steps", 2, "--validation_prompts", "a red disc", "--num_validation_images", 2,
-        *(network if script is train_add else ()), "--dataloader_num_workers", 0, "--output_dir", tmp_path / "out",
+        "--family", family.name, "--pretrained_model_name_or_path", base_path, *family.options,
+        "--train_data_dir", wide_path, *BUCKETS, "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 4,
+        "--checkpointing_steps", 100, "--num_inference_steps", 2, "--validation_prompts", "a red disc",
+        "--num_validation_images", 2, *(network if script is train_add else ()), "--dataloader_num_workers", 0,
+        "--output_dir", tmp_path / "out",
     ]  # fmt: skip
     reset_accelerate()
     script.main(script.parse_args([str(word) for word in words]))
