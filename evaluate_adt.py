@@ -64,6 +64,7 @@ from evaluate_pipelines import (
     GUIDANCE,
     OWN,
     SAMPLING,
+    STUDENT_STEPS,
     check_candidate,
     check_index,
     find_candidates,
@@ -397,7 +398,7 @@ def draw(pipeline, captions, run, options, args, indices) -> list[Image.Image]:
         if scheduler.config.get("stochastic_sampling", False):
             # A few-step flow-matching model's: by a number of steps the last would be made at next to no noise, and
             # its pipelines do not hand on the generator to the noise between the steps.
-            steps = {"sigmas": few_step_sigmas(run["steps"], run.get("student_sigmas"))}
+            steps = {"sigmas": run.get("student_sigmas") or few_step_sigmas(run["steps"])}
             scheduler.step = functools.partial(type(scheduler).step, scheduler, generator=generators)
         made = pipeline(
             [captions[index] for index in part],
@@ -411,15 +412,14 @@ def draw(pipeline, captions, run, options, args, indices) -> list[Image.Image]:
     return [images[index] for index in indices]
 
 
-def few_step_sigmas(num_steps, student_sigmas) -> list[float]:
-    """What a few-step flow-matching model is called with: some of `student_sigmas`, where they are as many.
+def few_step_sigmas(num_steps, method=None) -> list[float]:
+    """What a few-step flow-matching model is called with: evenly spaced from 1, or some of its own, `STUDENT_STEPS`.
 
     Args:
-        student_sigmas: what the model's training says that it is called with, a list; or None.
+        method: what the model's training calls itself.
     """
-    if student_sigmas is None or num_steps > len(student_sigmas):
-        return [1 - n / num_steps for n in range(num_steps)]
-    return [student_sigmas[n * len(student_sigmas) // num_steps] for n in range(num_steps)]
+    points = STUDENT_STEPS.get(method, num_steps)
+    return [1 - n * points // num_steps / points for n in range(num_steps)]
 
 
 @torch.no_grad()
@@ -569,14 +569,15 @@ def start_report(candidates, facts, sets, dataset, args) -> dict:
         {"pipeline": candidate.name, "sampler": sampler, "steps": steps, "guidance_scale": guidance_scale}
         for candidate, (sampler, steps), guidance_scale in product(candidates, args.sampler, args.guidance_scale)
     ]
-    called = {candidate.name: candidate.inference for candidate in candidates}
-    # Those of a call; beside a number of steps they are the scheduler's, as `level_warnings` reads them.
-    student_sigmas = {
-        name: call["sigmas"] for name, call in called.items() if "sigmas" in call and "num_inference_steps" not in call
+    # By which it is called. Beside a number of steps they are the scheduler's, as `level_warnings` reads them.
+    students = {
+        candidate.name: candidate.method
+        for candidate in candidates
+        if "sigmas" in candidate.inference and "num_inference_steps" not in candidate.inference
     }
     for run in runs:
-        if run["pipeline"] in student_sigmas:
-            run["student_sigmas"] = student_sigmas[run["pipeline"]]
+        if run["pipeline"] in students:
+            run["student_sigmas"] = few_step_sigmas(run["steps"], students[run["pipeline"]])
         setting = f"{run['sampler']}-{run['steps']}-guidance-{run['guidance_scale']:g}"
         run["images"] = {name: str(Path("images", name, run["pipeline"], setting)) for name in sets}
     report = {

@@ -37,6 +37,8 @@ from training_utils import configure_sampler
 
 
 OWN = "own"  # the scheduler that the pipeline comes with
+# Methods whose students know as many evenly spaced steps, and fewer as some of these. Others' are spaced anew.
+STUDENT_STEPS = {"adversarial diffusion distillation": 4}
 # The options that say how a model is sampled, beside the sampler, its steps, guidance and size.
 SAMPLING = ("guidance_rescale", "max_sequence_length", "t5", "rollout_time_ids")
 GUIDANCE = ("true_cfg_scale", "negative_prompt")  # and beside the guidance scale, where a model was trained with them
@@ -61,6 +63,7 @@ class Candidate:
     vae: str | None = None  # in place of the pipeline's
     options: dict = field(default_factory=dict)  # what it was trained with
     inference: dict = field(default_factory=dict)  # how training says that it samples
+    method: str | None = None  # what training calls itself
     sampling: dict = field(default_factory=dict)  # `sampling_options`
 
 
@@ -71,13 +74,13 @@ def find_candidates(args) -> list[Candidate]:
         candidate = Candidate(name, path, lora, training=read_training_facts(lora or path, args))
         if candidate.training is not None:
             candidate.options = candidate.training["training_options"]
-            candidate.inference = candidate.training["inference"]
+            candidate.inference, candidate.method = candidate.training["inference"], candidate.training["method"]
         if lora is not None:  # adapters come with the sampler, and belong to the VAE, that they were trained for
             candidate.scheduler = find_file(lora, "scheduler/scheduler_config.json", args)
             candidate.vae = candidate.options.get("pretrained_vae_model_name_or_path")
         candidates.append(candidate)
     for run, folder in args.checkpoints.items():
-        candidates += checkpoint_candidates(run, Path(folder))
+        candidates += checkpoint_candidates(run, Path(folder), args)
     for candidate in candidates:
         candidate.vae = args.vae.get(candidate.run or candidate.name, candidate.vae)
     return candidates
@@ -101,7 +104,7 @@ def find_file(path, name, args) -> str | None:
         raise EvaluationError(f"--pipelines: {path} cannot be read from the Hub: {error}") from error
 
 
-def checkpoint_candidates(run, folder) -> list[Candidate]:
+def checkpoint_candidates(run, folder, args) -> list[Candidate]:
     """The checkpoints of a training run as pipelines.
 
     Those of adapters go onto the base, others into the run's result, or into the base as long as there is none.
@@ -109,17 +112,18 @@ def checkpoint_candidates(run, folder) -> list[Candidate]:
     found = [path for path in list_checkpoints(folder) if (path / "adt_checkpoint.json").is_file()]
     if not found:
         raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
-    result, candidates = folder / "adt_config.json", []
-    inference = json.loads(result.read_text())["inference"] if result.is_file() else None
+    result, candidates = read_training_facts(folder, args), []
+    if result is None and any(sampler == OWN for sampler, _ in args.sampler):
+        raise EvaluationError(f"--sampler {OWN}: {folder} has no result yet, with which its scheduler is saved.")
     for checkpoint in found:
         facts = json.loads((checkpoint / "adt_checkpoint.json").read_text())
         iteration, base = facts["iteration"], facts["config"]["pretrained_model_name_or_path"]
         candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration, options=facts["config"])
-        if inference is None:  # the run has not ended: by what the checkpoint says
+        if result is None:  # the run has not ended: by what the checkpoint says
             steps = facts["config"].get("num_inference_steps")
             candidate.inference = facts["schedule"] | {"num_inference_steps": steps}
         else:
-            candidate.inference = inference
+            candidate.inference, candidate.method = result["inference"], result["method"]
         averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
         trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
         if trained:
@@ -392,11 +396,11 @@ def check_candidate(candidate, args) -> dict:
     samplers, warnings = {}, sampling_warnings(candidate, args)
     for sampler, steps in args.sampler:
         scheduler = make_scheduler(sampler, pipeline.scheduler, args.timestep_spacing)
-        if isinstance(scheduler, LCMScheduler) and steps > scheduler.config.original_inference_steps:
-            raise EvaluationError(
-                f"--sampler {sampler}:{steps}: {candidate.name} was distilled into "
-                f"{scheduler.config.original_inference_steps} steps."
-            )
+        most = STUDENT_STEPS.get(candidate.method, steps) if sampler == OWN else steps
+        if isinstance(scheduler, LCMScheduler):
+            most = scheduler.config.original_inference_steps
+        if steps > most:
+            raise EvaluationError(f"--sampler {sampler}:{steps}: {candidate.name} was distilled into {most} steps.")
         warnings += level_warnings(candidate, scheduler, steps, pipeline, args)
         config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         samplers[sampler] = {"class": type(scheduler).__name__, **json.loads(json.dumps(config, default=str))}

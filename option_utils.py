@@ -289,7 +289,7 @@ def add_training_arguments(parser):
     add("--lr_warmup_steps", type=non_negative_int, default=500, help="In generator updates.")
     add("--lr_num_cycles", type=int, default=1, help="Of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Of polynomial.")
-    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="The generator's; the discriminator's is adamw.")
+    add("--optimizer", choices=OPTIMIZERS, default="adamw", help="The generator's; a discriminator's is adamw.")
     # What earlier scripts call it, which commands in many places still say.
     add("--use_8bit_adam", dest="optimizer", action="store_const", const="adamw8bit", help=argparse.SUPPRESS)
     add("--adam_beta1", type=float, default=0.9, help="Of each optimizer but adafactor.")
@@ -322,7 +322,7 @@ def add_lora_arguments(parser):
     add = adder(group, Nature.LORA)
     add("--rank", type=positive_int, default=16, help="Of the adapters.")
     add("--lora_alpha", type=positive_float, default=None, help="Adapters are scaled by it over rank; the rank.")
-    add("--lora_dropout", type=share, default=0.0, help="Of the adapters, in the diffusion loss.")
+    add("--lora_dropout", type=share, default=0.0, help="Of the adapters; simulated inference has none.")
     add("--lora_layers", type=comma_separated, default=["to_q", "to_k", "to_v", "to_out.0"],
         help="Layers that get one, separated by commas.")  # fmt: skip
     add("--lora_target_modules", dest="lora_layers", nargs="+", help=argparse.SUPPRESS)  # its former name

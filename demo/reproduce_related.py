@@ -62,6 +62,7 @@ RUNS = {
         "ADD, NFSD": ("related.train_add", 600, [*DISTILLED, "--distillation_target", "nfsd"]),
         "consistency": ("related.train_lcm", UPDATES, LCM),
         "consistency, robust": ("related.train_lcm", UPDATES // 3, [*LCM, "--robust_steps", "3"]),
+        "consistency, three times as long": ("related.train_lcm", 3 * UPDATES, LCM),
     },
     ROBUST: {
         "fine-tuning": (None, UPDATES, [*FINE_TUNING, *COMMON]),
@@ -86,19 +87,24 @@ RUNS = {
             None, UPDATES, [*FINE_TUNING, *COMMON, "--learning_rate", "5e-5", "--lr_warmup_steps", "10"]
         ),
         "hybrid": ("related.train_hybrid", UPDATES + 100, HYBRID),
+        "hybrid, a hundred times the weight": (
+            "related.train_hybrid", UPDATES + 100, [*HYBRID, "--hybrid_loss_weight", "0.2"]
+        ),
         "ADT": (None, STEPS, METHODS["ADT, recipe"]),
     },
 }  # fmt: skip
 ALL_RUNS = list(dict.fromkeys(name for runs in RUNS.values() for name in runs))
-START = "start"
+START, TEACHER = "start", "the start, as a teacher"
 # How each comparison samples: (runs, options of `evaluate_adt.py`).
 GUIDED = ["--sampler", "ddim:5", "ddim:10", "ddim:20", "ddim:50", "--guidance_scale", 3]
 SHORT_AND_LONG = ["--sampler", "ddim:10", "ddim:50", "--guidance_scale", 3]
-CONSISTENT = ["consistency", "consistency, robust"]
+CONSISTENT = ["consistency", "consistency, robust", "consistency, three times as long"]
 ADDS = [name for name in RUNS[FEW] if name not in CONSISTENT]
+# The base's own spacing would begin a few steps far below the last timestep, one step at the first.
+TRAILING = ["--timestep_spacing", "trailing", "--guidance_scale", 3]
 SAMPLING = {
     FEW: [
-        ([START], ["--sampler", "ddim:1", "ddim:2", "ddim:4", "ddim:8", "ddim:50", "--guidance_scale", 3]),
+        ([TEACHER], ["--sampler", "ddim:1", "ddim:2", "ddim:4", "ddim:8", "ddim:50", *TRAILING]),
         (ADDS, ["--sampler", "own:1", "own:2", "own:4", "--guidance_scale", 0]),
         (CONSISTENT, ["--sampler", "own:1", "own:2", "own:4", "own:8", "--guidance_scale", 0]),
     ],
@@ -136,7 +142,7 @@ def parse_args():
 def train(args):
     """All runs. Returns `{(world, run, seed): folder}`, the starts under `START`."""
     starts = train_starts(argparse.Namespace(**vars(args), methods=[]))
-    results = dict(starts)
+    results = starts | {(world, TEACHER, seed): path for (world, _, seed), path in starts.items()}
     runs = {name: run for comparison in args.comparisons for name, run in RUNS[comparison].items()}
     runs = {name: run for name, run in runs.items() if name in args.runs}
 
@@ -166,7 +172,7 @@ def evaluate(world, comparison, results, args) -> dict:
     """`{run: {steps: {seed: metrics}}}`, seeds and steps as strings, as JSON has them."""
     found = {}
     for names, sampling in SAMPLING[comparison]:
-        names = [name for name in names if name == START or name in args.runs]
+        names = [name for name in names if name in (START, TEACHER, *args.runs)]
         if not names:
             continue
         pipelines = {f"{folder(name)}-{seed}": (name, seed) for name in names for seed in args.seeds}

@@ -39,7 +39,7 @@ from adt_utils import SimulatedInference, TrainStep
 from config_utils import read_config
 from data_utils import check_used_images, images_per_epoch, list_captions, load_image_caption_dataset
 from disk_utils import bytes_to_come
-from option_utils import Nature, adder, leave_out, option_natures
+from option_utils import Nature, adder, leave_out, option_natures, positive_float, positive_int
 from output_utils import Interruption, create_output, find_checkpoint, identify_run, sampler_schedule
 from training_utils import Run, expand, resolve_schedule, start_accelerator, weight_dtype
 
@@ -80,12 +80,28 @@ def make_parser(name, description, without=(), families=FAMILIES, **defaults) ->
     parser = FAMILIES[name].make_parser()
     parser.description = description
     drift = ("drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift")
-    buckets = ("use_aspect_ratio_buckets", "aspect_ratio_buckets")  # some of these discriminators see squares alone
-    absent = {"adversarial_loss_weight", "rollout_time_ids", "shard", *buckets, *drift, *without}
+    absent = {"adversarial_loss_weight", "rollout_time_ids", "shard", *drift, *without}
     absent |= {name for name, natures in option_natures(parser).items() if Nature.ADVERSARIAL in natures}
     leave_out(parser, absent, adversarial_loss_weight=0.0, **defaults)  # which is what "no simulated inference" means
     adder(parser)("--family", choices=families, required=True, help="The model family.")
     return parser
+
+
+def add_robust_arguments(parser, robust_steps, steps_help):
+    """The options of `Perturbation`. Returns the function that adds to their group."""
+    add = adder(parser.add_argument_group("robust training"))
+    add("--robust_steps", type=positive_int, default=robust_steps, help=steps_help)
+    add("--robust_step_size", type=positive_float, default=0.0018, help="Of the perturbation, a pass.")
+    add("--robust_step_unit", choices=["rms", "norm"], default="rms",
+        help="The step size's: over an image's latents; norm is raw, 0.1 in the paper's code.")  # fmt: skip
+    add("--robust_radius", type=positive_float, default=0.1, help="The perturbation's largest root mean square.")
+    return add
+
+
+def check_robust_options(args, parser):
+    for name in ("robust_step_size", "robust_step_unit", "robust_radius"):
+        if args.robust_steps == 1 and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is of perturbations, which --robust_steps 1 does not make.")
 
 
 def start_run(module, make_family, make_method, args, check=lambda noise_scheduler, args: None, timesteps=None):
@@ -299,7 +315,7 @@ class Perturbation:
         scale = like[0].numel() ** 0.5
         self.step_size = step_size * scale if unit == "rms" else step_size
         self.radius = radius * scale
-        self.delta = torch.zeros_like(like, dtype=torch.float32, requires_grad=True)
+        self.delta = torch.zeros_like(like, dtype=torch.float32)
 
     def ascend(self):
         """The step, by the gradient that a backward has left in `delta`; of any scale, since its norm is divided out.
@@ -311,7 +327,7 @@ class Perturbation:
         usable = (norm > 0) & norm.isfinite()
         delta = self.delta.detach() + torch.where(usable, self.step_size * gradient / norm, 0.0)
         delta = delta * (self.radius / per_image_norm(delta).clamp(min=self.radius))
-        self.delta = delta.requires_grad_()
+        self.delta = delta
 
 
 def perturbation_rms(perturbations, accelerator) -> float:

@@ -28,6 +28,7 @@ text condition is the model's own pooled embedding and the image condition DINOv
 CLIP ViT-g's and a larger DINOv2's.
 """
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def parse_args(input_args=None):
         help="What the teacher's difference is weighted by, or its noise-free target.")  # fmt: skip
     add("--distillation_space", choices=["pixel", "latent"], default="pixel", help="Where it is measured.")
     add("--teacher_guidance_scale", type=non_negative_float, default=None,
-        help="None at 1, as it is where nothing is said; 7.5 for nfsd.")  # fmt: skip
+        help="None at 1 or less, as where nothing is said; 7.5 for nfsd.")  # fmt: skip
     add("--num_inference_steps", Nature.FREE, type=positive_int, default=STUDENT_STEPS,
         help="Of validation and of the saved call, 1 to 4; it trains for all of them.")  # fmt: skip
     add = adder(parser.add_argument_group("discriminator"))
@@ -340,8 +341,8 @@ class Distillation:
     """A run's networks: two that train, the frozen ones, and the four timesteps of the student."""
 
     student: Any  # `Trained`, as the discriminator
-    discriminator: Any
-    teacher: Teacher
+    discriminator: Any  # this and its features' network are None without an adversary
+    teacher: Teacher | None  # without a distillation loss
     feature_network: Any
     negative: dict  # NFSD's negative prompt's embeddings, (1, ...) each
     models: FrozenModels
@@ -489,10 +490,10 @@ def update_student(batches, iteration, system) -> dict:
     run, student = system.run, system.student
     args, accelerator = run.args, run.accelerator
     totals, adversarial, distilled = Totals(len(batches)), [], []
-    with system.discriminator.frozen() as scorer:
+    with contextlib.nullcontext() if system.discriminator is None else system.discriminator.frozen() as scorer:
         for batch in batches:
             prediction = batch.path.train_steps[0].prediction
-            if args.adversarial_weight != 0:
+            if scorer is not None:
                 loss = -sum(score.mean() for score in scorer(system.feature_network(batch.images), batch.condition))
                 adversarial.append(torch.autograd.grad(loss, prediction, retain_graph=True)[0])
                 totals.add_means(generator_loss=loss)
@@ -527,8 +528,8 @@ def distillation_loss(batch, system):
     """`E[c(t) mean((x_0 - target)^2)]`, 0-d, in pixels or latents; no gradient goes to the target.
 
     - `exponential`: the teacher's `x_0` for `x_t = a sg(x_0) + s eps'`, `c = a`;
-    - `sds`: the same with `c = a w / (2 s)`, whose gradient is score distillation's, `w (eps_teacher - eps')`, for
-      `w = s^2`, https://arxiv.org/abs/2209.14988's;
+    - `sds`: the same with `c = a w / (2 s)`, whose gradient in latents is score distillation's,
+      `w (eps_teacher - eps')`, for `w = s^2`, https://arxiv.org/abs/2209.14988's;
     - `nfsd`: see `noise_free_target`, `c = a`.
     """
     args, models, module = system.run.args, system.models, system.module
@@ -585,10 +586,12 @@ def tune(noise_scheduler, module, run):
     sampler = make_student_sampler(noise_scheduler, args.num_inference_steps, module)
     models = FrozenModels(module.load_frozen_vae(args, accelerator), prompt_encoder, sampler, noise_scheduler)
     network = module.load_network(args, accelerator)
-    teacher = Teacher(network, module.call_network, run)
+    teacher = Teacher(network, module.call_network, run) if args.distillation_weight > 0 else None
     student = prepare_generator(network, run)
-    feature_network = make_feature_network(args).to(accelerator.device)
-    discriminator = make_discriminator(prompt_encoder, feature_network, run)
+    feature_network = discriminator = None
+    if args.adversarial_weight != 0:
+        feature_network = make_feature_network(args).to(accelerator.device)
+        discriminator = make_discriminator(prompt_encoder, feature_network, run)
     register_checkpoint_hooks(student, run)
     validation = Validation(student, None, models, validation_conditions, run)
     load_checkpoint(run)
@@ -601,8 +604,18 @@ def tune(noise_scheduler, module, run):
 
 def check_method(noise_scheduler, args):
     """Refuses a feature network that does not suit its options, and a schedule that the student cannot have."""
-    check_feature_network(args)
-    make_student_sampler(noise_scheduler, args.num_inference_steps, FAMILIES[args.family])
+    if args.adversarial_weight != 0:
+        check_feature_network(args)
+    module = FAMILIES[args.family]
+    grid = student_grid(noise_scheduler, module, args)
+    for num_steps in reversed(range(1, STUDENT_STEPS)):
+        timesteps = make_student_sampler(noise_scheduler, num_steps, module).timesteps
+        if not torch.isin(timesteps, grid).all():
+            raise ADTError(
+                f"The base pipeline's scheduler makes {num_steps} steps at {timesteps.tolist()}, which are not some "
+                f"of its {STUDENT_STEPS} ({grid.tolist()}), at which the student trains: a `shift_terminal`, or "
+                "`use_karras_sigmas` and its like, does that."
+            )
 
 
 def main(args):

@@ -79,6 +79,7 @@ def parse_args(input_args=None):
     parser = make_parser(
         family,
         DESCRIPTION,
+        without=("use_aspect_ratio_buckets", "aspect_ratio_buckets"),  # its discriminator sees squares
         families=HYBRID_FAMILIES,
         output_dir=f"{family}-hybrid",
         tracker_project_name=f"hybrid-{family}",

@@ -45,6 +45,8 @@ from related.related_utils import (
     FAMILIES,
     Perturbation,
     Teacher,
+    add_robust_arguments,
+    check_robust_options,
     keep_first_layer_in_float32,
     load_prompt_encoder,
     make_lcm_scheduler,
@@ -110,14 +112,9 @@ def parse_args(input_args=None):
         help="Of validation and of the saved call; usually 1 to 8.")  # fmt: skip
     add("--guidance_scale", Nature.FREE, type=non_negative_float, default=0.0,
         help="Likewise. No guidance at 1 or less: the student has the teacher's already.")  # fmt: skip
-    add = adder(parser.add_argument_group("robust training"))
-    add("--robust_steps", type=positive_int, default=1,
-        help="Passes of a batch, each with an update; 1 is plain, 3 the paper's.")  # fmt: skip
-    add("--robust_step_size", type=positive_float, default=0.0018, help="Of the perturbation, a pass.")
-    add("--robust_step_unit", choices=["rms", "norm"], default="rms",
-        help="The step size's: over an image's latents; norm is raw, 0.1 in the paper's code.")  # fmt: skip
-    add("--robust_radius", type=positive_float, default=0.1, help="The perturbation's largest root mean square.")
+    add_robust_arguments(parser, 1, "Passes of a batch, each with an update; 1 is plain, 3 the paper's.")
     args = parse_options(parser, FAMILIES[family].SAMPLERS, input_args)
+    check_robust_options(args, parser)
     if args.w_min > args.w_max:
         parser.error(f"--w_min {args.w_min:g} is larger than --w_max {args.w_max:g}.")
     if args.num_inference_steps > NUM_POINTS[family]:
@@ -298,9 +295,12 @@ def train(generator, teacher, points, models, validation, module, run):
             for pair in pairs
         ]
         for n_pass in range(args.robust_steps):
+            is_last = n_pass == args.robust_steps - 1
+            for perturbation in perturbations:
+                perturbation.delta.requires_grad_(not is_last)
             found = update(pairs, perturbations, iteration, generator, models, module, run)
             values |= found if n_pass == 0 else {f"perturbed_{name}": value for name, value in found.items()}
-            if n_pass < args.robust_steps - 1:
+            if not is_last:
                 for perturbation in perturbations:
                     perturbation.ascend()
         if args.robust_steps > 1:

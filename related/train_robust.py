@@ -37,11 +37,13 @@ from dataclasses import replace
 import torch
 
 from data_utils import draw_per_image, load_micro_batches, make_generator
-from option_utils import adder, non_negative_float, parse_options, positive_float, positive_int
+from option_utils import non_negative_float, parse_options
 from output_utils import Validation, finish_run, load_checkpoint, register_checkpoint_hooks, save_checkpoint
 from related.related_utils import (
     FAMILIES,
     Perturbation,
+    add_robust_arguments,
+    check_robust_options,
     keep_first_layer_in_float32,
     load_prompt_encoder,
     make_parser,
@@ -67,15 +69,11 @@ def parse_args(input_args=None):
         output_dir=f"{family}-robust",
         tracker_project_name=f"robust-{family}",
     )
-    add = adder(parser.add_argument_group("robust training"))
-    add("--robust_steps", type=positive_int, default=3, help="Passes of a batch, each with an update; 1 is plain.")
-    add("--robust_step_size", type=positive_float, default=0.0018, help="Of the perturbation, a pass.")
-    add("--robust_step_unit", choices=["rms", "norm"], default="rms",
-        help="The step size's: over an image's latents; norm is raw, 0.1 in the paper's code.")  # fmt: skip
-    add("--robust_radius", type=positive_float, default=0.1, help="The perturbation's largest root mean square.")
+    add = add_robust_arguments(parser, 3, "Passes of a batch, each with an update; 1 is plain.")
     add("--input_perturbation", type=non_negative_float, default=0.0,
         help="The baseline with --robust_steps 1: scale of the input's extra noise; 0.1.")  # fmt: skip
     args = parse_options(parser, FAMILIES[family].SAMPLERS, input_args)
+    check_robust_options(args, parser)
     if args.input_perturbation > 0 and args.robust_steps > 1:
         parser.error("--input_perturbation is the baseline of adversarial perturbations: it needs --robust_steps 1.")
     return args
@@ -128,9 +126,12 @@ def train(generator, models, validation, module, run):
                 for batch in batches
             ]
             for n_pass in range(args.robust_steps):
+                is_last = n_pass == args.robust_steps - 1
+                for perturbation in perturbations:
+                    perturbation.delta.requires_grad_(not is_last)
                 found = update(batches, perturbations, iteration, generator, models, module, run)
                 values |= found if n_pass == 0 else {f"perturbed_{name}": value for name, value in found.items()}
-                if n_pass < args.robust_steps - 1:
+                if not is_last:
                     for perturbation in perturbations:
                         perturbation.ascend()
             values["perturbation_rms"] = perturbation_rms(perturbations, run.accelerator)

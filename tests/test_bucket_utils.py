@@ -27,6 +27,7 @@ from data_utils import (
     load_image_caption_dataset,
     sort_into_buckets,
 )
+from related import train_add, train_lcm, train_robust
 from training_utils import ADTError
 
 
@@ -314,6 +315,33 @@ def test_base_images_are_kept_for_the_same_sizes_alone(bucketed, family, tmp_pat
         run_with(family, bucketed(*prompts, *resume), output)
         assert f"The base's validation images are {record.parent}" not in caplog.text
     assert {file.name: file.read_bytes() for file in (output / "validation" / "base").iterdir()} == kept
+
+
+@ONE_FAMILY
+@pytest.mark.parametrize("script", [train_add, train_lcm, train_robust])
+def test_related_systems_train_on_them(script, base_path, wide_path, dinov2_path, tmp_path, monkeypatch):
+    shapes, prepare_batch = set(), train_adt_sd15.prepare_batch
+
+    def watched(*args):
+        batch = prepare_batch(*args)
+        shapes.add(tuple(2 * side for side in batch.latents.shape[2:]))
+        return batch
+
+    monkeypatch.setattr(train_adt_sd15, "prepare_batch", watched)
+    network = (
+        "--discriminator_model_name_or_path", dinov2_path, "--discriminator_layers", 1, "--discriminator_resolution",
+        16, "--mismatched_pair_weight", 1,
+    )  # fmt: skip
+    words = [
+        "--family", "sd15", "--pretrained_model_name_or_path", base_path, "--train_data_dir", wide_path, *BUCKETS,
+        "--resolution", 16, "--train_batch_size", 2, "--max_train_steps", 4, "--checkpointing_steps", 100,
+        "--num_inference_steps", 2, "--validation_prompts", "a red disc", "--num_validation_images", 2,
+        *(network if script is train_add else ()), "--dataloader_num_workers", 0, "--output_dir", tmp_path / "out",
+    ]  # fmt: skip
+    reset_accelerate()
+    script.main(script.parse_args([str(word) for word in words]))
+    assert shapes <= set(SIZES) and len(shapes) > 1
+    assert "of the nearest shape: 16x24, 16x16, 32x16." in (tmp_path / "out" / "README.md").read_text()
 
 
 def run_with(family, arguments, output):

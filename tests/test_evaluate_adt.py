@@ -381,18 +381,26 @@ def test_each_image_is_read_once_by_workers(pictures, options, clip_path):
 
 
 def test_few_step_flow_matching(run, sd3_path, tmp_path):
-    """Evenly spaced from pure noise, and each image's noise is its own, in any batch."""
+    """At the student's own levels, else evenly spaced; each image's noise is its own, in any batch."""
     shutil.copytree(sd3_path, tmp_path / "student")
     file = tmp_path / "student" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"stochastic_sampling": True}))
-    only = ("--pipelines", f"one={tmp_path / 'student'}", "--metrics", "sharpness", "--sampler", "own:2")
-    directory = Path("images", "test", "one", "own-2-guidance-7")
+    [method] = pipelines.STUDENT_STEPS
+    facts = {"method": method, "inference": {"sigmas": [1.0, 0.5]}, "training_options": {}}
+    (tmp_path / "student" / "adt_config.json").write_text(json.dumps(facts))
+    only = ("--pipelines", f"one={tmp_path / 'student'}", "--metrics", "sharpness", "--sampler", "own:3")
+    directory = Path("images", "test", "one", "own-3-guidance-7")
     images = []
     for size in (1, 4):
-        run(*only, "--batch_size", size)
+        [found] = run(*only, "--batch_size", size)["runs"]
+        assert found["student_sigmas"] == [1, 0.75, 0.5]
         shutil.move(tmp_path / "report", tmp_path / f"report-{size}")
-        images.append([(tmp_path / f"report-{size}" / directory / f"{n:06d}.png").read_bytes() for n in range(10)])
-    assert images[0] == images[1] and len(set(images[0])) == 10
+        files = [tmp_path / f"report-{size}" / directory / f"{n:06d}.png" for n in range(10)]
+        images.append(np.stack([np.array(Image.open(file)) for file in files]).astype(int))
+    # A batch of another size rounds differently; other noise gives another image.
+    assert np.abs(images[0] - images[1]).max() <= 1 and len(np.unique(images[0], axis=0)) == 10
+    with pytest.raises(evaluation.EvaluationError, match="own:5: one was distilled into 4 steps"):
+        run(*only, "--sampler", "own:5")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
     seen = []
     pipeline.transformer.register_forward_pre_hook(
@@ -405,10 +413,12 @@ def test_few_step_flow_matching(run, sd3_path, tmp_path):
 
 
 def test_few_step_sigmas():
-    assert evaluation.few_step_sigmas(4, None) == [1, 0.75, 0.5, 0.25]
-    student = [student_schedule(n) for n in range(1, 5)]  # ADD's, as each of them is stated
-    assert [evaluation.few_step_sigmas(n, student[3]) for n in range(1, 5)] == student
-    assert evaluation.few_step_sigmas(8, student[3]) == [1 - n / 8 for n in range(8)]
+    [(add, most)] = pipelines.STUDENT_STEPS.items()
+    args = types.SimpleNamespace(adversarial_weight=1, distillation_weight=1)
+    assert (add, most) == (train_add.make_method(args).name, train_add.STUDENT_STEPS)
+    assert [evaluation.few_step_sigmas(n, add) for n in range(1, 5)] == [student_schedule(n) for n in range(1, 5)]
+    for method in (None, "consistency distillation"):
+        assert evaluation.few_step_sigmas(3, method) == pytest.approx([1, 2 / 3, 1 / 3])
 
 
 def test_adapters_are_sampled_by_what_they_were_trained_for(run, sd15_path, dataset_path, dinov2_path, tmp_path):
@@ -428,6 +438,9 @@ def test_adapters_are_sampled_by_what_they_were_trained_for(run, sd15_path, data
     assert [found["scheduler"]["class"] for found in settings] == ["LCMScheduler"] * 2
     with pytest.raises(evaluation.EvaluationError, match="own:5: one was distilled into 4 steps"):
         run(*only, "--sampler", "own:5", "--guidance_scale", 0)
+    (tmp_path / "student" / "adt_config.json").unlink()
+    with pytest.raises(evaluation.EvaluationError, match="student has no result yet, with which its scheduler"):
+        run("--checkpoints", f"run={tmp_path / 'student'}", "--sampler", "own:2")
 
 
 def test_adapters(run, tune, sd15_path):

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from diffusers import DDPMScheduler
@@ -10,9 +11,10 @@ from diffusers import DDPMScheduler
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import reproduce_related
-from reproduce_related import ADDS, CONSISTENT, FEW, RUNS, SAMPLING, START
+from reproduce_related import ADDS, CONSISTENT, FEW, RUNS, SAMPLING, START, TEACHER
 
 import train_adt_sd15
+from evaluate_pipelines import make_scheduler
 from related import train_add, train_hybrid, train_lcm, train_robust
 
 
@@ -47,7 +49,7 @@ def test_runs_of_one_name_are_one_run():
 def test_every_run_is_sampled_in_steps_that_it_has():
     for comparison, samplings in SAMPLING.items():
         sampled = [name for names, _ in samplings for name in names]
-        assert sorted(sampled) == sorted([START, *RUNS[comparison]])
+        assert sorted(sampled) == sorted([TEACHER if comparison == FEW else START, *RUNS[comparison]])
     noise_scheduler = DDPMScheduler()
     for names, sampling in SAMPLING[FEW]:
         for word in sampling:
@@ -56,6 +58,16 @@ def test_every_run_is_sampled_in_steps_that_it_has():
                 sampler = train_add.make_lcm_scheduler(noise_scheduler, points, train_adt_sd15)
                 sampler.set_timesteps(int(word.split(":")[1]))
     assert names == CONSISTENT
+
+
+@pytest.mark.parametrize("num_steps", (1, 2, 4, 8))
+def test_teacher_begins_where_its_students_do(num_steps):
+    names, sampling = SAMPLING[FEW][0]
+    assert names == [TEACHER] and f"ddim:{num_steps}" in sampling
+    base = SimpleNamespace(config=DDPMScheduler(timestep_spacing="leading", steps_offset=1).config)
+    sampler = make_scheduler("ddim", base, sampling[sampling.index("--timestep_spacing") + 1])
+    sampler.set_timesteps(num_steps)
+    assert sampler.timesteps[0] == 999
 
 
 def test_numbers_and_tables(tmp_path, capsys):

@@ -34,7 +34,7 @@ from related.train_add import (
     noise_free_target,
     r1_penalty,
 )
-from training_utils import ADTError, Trained, make_predict
+from training_utils import ADTError, make_predict
 
 
 TINY = ("--discriminator_layers", "-1", "1", "3", "--discriminator_resolution", 16)
@@ -526,12 +526,17 @@ def test_options_change_the_run(run):
 
 
 @only_sd15
-def test_discriminator_stays_where_the_teacher_alone_is_asked_for(run, monkeypatch):
-    stepped = []
-    step = Trained.step
-    monkeypatch.setattr(Trained, "step", lambda self, iteration: stepped.append(self.name) or step(self, iteration))
-    run("--adversarial_weight", 0)
-    assert set(stepped) == {"generator"}
+@pytest.mark.parametrize("flag", ["--adversarial_weight", "--distillation_weight"])
+def test_a_network_of_no_weight_is_not_made(run, monkeypatch, flag):
+    made = []
+    for name in ("Teacher", "make_feature_network", "make_discriminator"):
+        original = getattr(train_add, name)
+        monkeypatch.setattr(
+            train_add, name, lambda *args, name=name, original=original: made.append(name) or original(*args)
+        )
+    run(flag, 0, *(("--discriminator_model_name_or_path", "nowhere") if flag == "--adversarial_weight" else ()))
+    others = ["make_feature_network", "make_discriminator"]
+    assert made == (["Teacher"] if flag == "--adversarial_weight" else others)
 
 
 @only_sd15
@@ -584,9 +589,17 @@ def test_unsuitable_feature_network_is_refused_before_weights_are_loaded(run, no
 
 
 @pytest.mark.parametrize("family", [FAMILIES["sd3"]], ids=["sd3"])
-def test_schedule_that_shifts_with_the_resolution_is_refused(run, base_path, no_weights, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"use_dynamic_shifting": True}, "shifts its schedule with the resolution"),
+        ({"shift_terminal": 0.1}, "makes 3 steps at .* which are not some of its 4"),
+        ({"use_karras_sigmas": True}, "makes 3 steps at .* which are not some of its 4"),
+    ],
+)
+def test_schedule_without_four_fixed_steps_is_refused(run, base_path, no_weights, tmp_path, changes, sentence):
     shutil.copytree(base_path, tmp_path / "base")
     file = tmp_path / "base" / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
-    with pytest.raises(ADTError, match="shifts its schedule with the resolution"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ADTError, match=sentence):
         run("--pretrained_model_name_or_path", tmp_path / "base")

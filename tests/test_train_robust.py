@@ -9,7 +9,7 @@ from conftest import FAMILIES, reset_accelerate
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from helpers import equal, read_network, read_scalars
 
-from related import train_robust
+from related import train_lcm, train_robust
 from related.related_utils import Perturbation, perturbation_rms
 from related.train_robust import MIN_NOISE_LEVEL, perturbed_loss
 from training_utils import Batch, Conditions
@@ -217,3 +217,27 @@ def test_input_perturbation_is_the_baseline_of_one_pass(capsys):
     with pytest.raises(SystemExit):
         train_robust.parse_args([*words, "--input_perturbation", "0.1"])
     assert "--input_perturbation is the baseline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [train_robust, train_lcm])
+@pytest.mark.parametrize("option", [("step_size", "0.1"), ("step_unit", "norm"), ("radius", "1")], ids=lambda o: o[0])
+def test_options_of_perturbations_need_some(script, option, capsys):
+    words = ["--family", "sd15", "--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--robust_steps"]
+    name, value = option
+    script.parse_args([*words, "2", f"--robust_{name}", value])
+    with pytest.raises(SystemExit):
+        script.parse_args([*words, "1", f"--robust_{name}", value])
+    assert f"--robust_{name} is of perturbations, which --robust_steps 1" in capsys.readouterr().err
+
+
+def test_the_last_pass_follows_no_perturbation(run, monkeypatch):
+    followed = []
+    original = train_robust.perturbed_loss
+
+    def watched(network, batch, delta, *args):
+        followed.append(delta.requires_grad)
+        return original(network, batch, delta, *args)
+
+    monkeypatch.setattr(train_robust, "perturbed_loss", watched)
+    run("--max_train_steps", 1)
+    assert followed == [True, True, False]
