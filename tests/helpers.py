@@ -23,13 +23,13 @@ TIMING = {"seconds_per_iteration", "images_per_second", "peak_memory_gb"}
 
 
 def plain_options(train):
-    """The names of a family script's options that act in plain fine-tuning, and in each of the related systems."""
+    """The names of a family script's options that act in plain fine-tuning by data parallelism."""
     args = train.parse_args(
         ["--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--adversarial_loss_weight", "0"]
     )
     drift = {"drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift"}
     ignored = args.of_nature(Nature.ADVERSARIAL) | {"adversarial_loss_weight", "rollout_time_ids"} | drift
-    return set(vars(args)) - ignored - {"shard", "use_aspect_ratio_buckets", "aspect_ratio_buckets"}
+    return set(vars(args)) - ignored - {"shard"}
 
 
 def read_result(directory, network):

@@ -411,7 +411,7 @@ def test_noise_free_target_of_a_real_pipeline(run, family, systems, monkeypatch)
             prediction = system.module.call_network(base, sample[row], timesteps[row], condition)
         return predicted_noise(prediction, sample[row], (a[row], s[row]), system.predicts)
 
-    assert len({(timestep < 200).item() for timestep in timesteps}) == 2
+    assert (timesteps >= 200).any()  # where the unwanted prompt counts
     for n, caption in enumerate(batch.batch.captions):
         unconditional = noise(n, encoder.negative)
         unwanted = 0 if timesteps[n] < 200 else noise(n, encoder([train_add.NEGATIVE_PROMPT]))
