@@ -53,7 +53,7 @@ SYSTEMS = {
         train_add,
         "adversarial-diffusion-distillation",
         "--discriminator_layers -1 1 3 --discriminator_resolution 16 --discriminator_learning_rate 1e-3 "
-        "--mismatched_pair_weight 0.5 --r1_weight 1",
+        "--mismatched_pair_weight 0.5 --r1_weight 1",  # the default's 1e-5 would hide in rounding
     ),
     "hybrid": System(
         train_hybrid,

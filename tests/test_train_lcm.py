@@ -473,7 +473,7 @@ def test_validation_draws_by_the_same_noise(run):
 
 
 def test_options_change_the_run(run):
-    robust = ("--robust_steps", 2, "--robust_step_size", 0.05)
+    robust = ("--robust_steps", 2, "--robust_step_size", 0.05, "--max_train_steps", 2)
     prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 1)
     plain = run("sd15", *robust, *prompts, output_dir="plain")
     for n, more in enumerate([("--ema_decay", 0.1), ("--robust_step_unit", "norm"), ("--robust_radius", 0.03)]):
@@ -481,7 +481,7 @@ def test_options_change_the_run(run):
         assert not equal(read_result(plain, "unet"), read_result(other, "unet")), more
     guided = run("sd15", *robust, *prompts, "--guidance_scale", 3, output_dir="guided")
     assert equal(read_result(plain, "unet"), read_result(guided, "unet"))  # which is of sampling alone
-    grids = [output / "validation" / "iteration-000003-prompt-0.png" for output in (plain, guided)]
+    grids = [output / "validation" / "iteration-000002-prompt-0.png" for output in (plain, guided)]
     assert grids[0].read_bytes() != grids[1].read_bytes()
     assert json.loads((guided / "adt_config.json").read_text())["inference"]["guidance_scale"] == 3
     assert "guidance_scale=3.0" in (guided / "README.md").read_text()
