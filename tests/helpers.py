@@ -14,11 +14,22 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from option_utils import Nature
 from training_utils import STOPPED, Trained
 
 
 NO_ACCELERATOR = types.SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
 TIMING = {"seconds_per_iteration", "images_per_second", "peak_memory_gb"}
+
+
+def plain_options(train):
+    """The names of a family script's options that act in plain fine-tuning by data parallelism."""
+    args = train.parse_args(
+        ["--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--adversarial_loss_weight", "0"]
+    )
+    drift = {"drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift"}
+    ignored = args.of_nature(Nature.ADVERSARIAL) | {"adversarial_loss_weight", "rollout_time_ids"} | drift
+    return set(vars(args)) - ignored - {"shard"}
 
 
 def read_result(directory, network):

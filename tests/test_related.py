@@ -4,11 +4,13 @@ import json
 import re
 import signal
 from dataclasses import dataclass
+from itertools import product
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import two_processes
 from accelerate import Accelerator
 from conftest import FAMILIES, reset_accelerate
@@ -16,6 +18,7 @@ from diffusers import DiffusionPipeline
 from helpers import (
     checkpoint_state,
     equal,
+    plain_options,
     read_network,
     read_result,
     read_scalars,
@@ -23,11 +26,13 @@ from helpers import (
     run_two_processes,
     run_until_signal,
 )
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from output_utils import KOHYA_ADAPTERS
 from related import train_add, train_hybrid, train_lcm, train_robust
-from training_utils import ADTError, Trained
+from related.related_utils import Perturbation
+from training_utils import ADTError
 
 
 LORA = ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)
@@ -35,9 +40,10 @@ LORA = ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)
 
 @dataclass
 class System:
-    """A script, and the options of a short run in which all its networks visibly move."""
+    """A script, its card's tag, and the options of a short run in which all its networks visibly move."""
 
     script: ModuleType
+    tag: str
     options: str
     families: tuple = tuple(FAMILIES)
 
@@ -45,31 +51,32 @@ class System:
 SYSTEMS = {
     "add": System(
         train_add,
+        "adversarial-diffusion-distillation",
         "--discriminator_layers -1 1 3 --discriminator_resolution 16 --discriminator_learning_rate 1e-3 "
-        "--mismatched_pair_weight 0.5",
+        "--mismatched_pair_weight 0.5 --r1_weight 1",  # the default's 1e-5 would hide in rounding
     ),
     "hybrid": System(
         train_hybrid,
+        "diffusion-gan",
         "--discriminator_resolution 12 --discriminator_learning_rate 1e-2 --generator_start_step 1 "
         "--hybrid_loss_weight 1 --hybrid_ramp_steps 2 --num_inference_steps 4 --freeze_blocks mid_block.* "
         "--curriculum_end 0.5",  # else the length of a run counts
         ("sd15", "sdxl"),
     ),
-    # The default makes the loss nearly an absolute value, which two processes round to different signs.
-    "lcm": System(train_lcm, "--huber_c 0.1"),
-    "robust": System(train_robust, "--robust_step_size 0.05 --num_inference_steps 4"),
+    # The default makes the loss nearly an absolute value, which two processes round to different signs. Without
+    # perturbations it is what `test_train_lcm.py` runs.
+    "lcm": System(train_lcm, "latent-consistency-model", "--huber_c 0.1 --robust_steps 2 --robust_step_size 0.05"),
+    "robust": System(train_robust, "robust-diffusion-training", "--robust_step_size 0.05 --num_inference_steps 4"),
+    "input": System(train_robust, "robust-diffusion-training", "--robust_steps 1 --input_perturbation 0.1", ("sd15",)),
 }
 CASES = [(name, family) for name, system in SYSTEMS.items() for family in system.families]
+BASELINE = ("input", "sd15")  # a loop of its own, and nothing else
 
 
-def cases(*families):
+def cases(*families, without=(BASELINE,)):
     """For a test of what does not differ between the others."""
-    return pytest.mark.parametrize("case", [case for case in CASES if case[1] in families], ids="-".join)
-
-
-@pytest.fixture(params=CASES, ids="-".join)
-def case(request):
-    return request.param
+    chosen = [case for case in CASES if case[1] in families and case not in without]
+    return pytest.mark.parametrize("case", chosen, ids="-".join)
 
 
 @pytest.fixture
@@ -118,7 +125,7 @@ CALL = ("num_inference_steps", "guidance_scale", "max_sequence_length")
 
 
 def sample(output):
-    """An image of a run's result, by the call that its `adt_config.json` states."""
+    """An image (3, H, W) of a run's result, by the call that its `adt_config.json` states; it must be finite."""
     pipeline = DiffusionPipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(disable=True)
     facts = json.loads((output / "adt_config.json").read_text())["inference"]
@@ -126,16 +133,38 @@ def sample(output):
     if facts.get("stochastic_sampling", False):  # a few-step student's; else they are there for comparison
         call["sigmas"] = facts["sigmas"]
     generator = torch.Generator().manual_seed(0)
-    return pipeline("a red disc", generator=generator, output_type="pil", **call).images[0]
+    [image] = pipeline("a red disc", generator=generator, output_type="pt", **call).images
+    assert image.isfinite().all() and image.std() > 0
+    return image
 
 
 # The main job
 
 
-def test_writes_a_pipeline_that_loads(run, base_path, network):
+@pytest.fixture
+def check_card(system, tmp_path, monkeypatch):
+    """The card's tags are the script's own, and its snippet draws an image as it stands."""
+
+    def check(output, lora=False):
+        card = (output / "README.md").read_text()
+        tags = set(ModelCard(card).data.tags)
+        assert system.tag in tags and "adversarial-diffusion-tuning" not in tags and ("lora" in tags) == lora
+        assert (output / KOHYA_ADAPTERS).exists() == (KOHYA_ADAPTERS in card) == lora
+        [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        exec(code, {})
+        with Image.open(tmp_path / "image.png") as image:
+            assert np.asarray(image).std() > 0
+
+    return check
+
+
+@cases(*FAMILIES)
+def test_writes_a_pipeline_that_loads(run, base_path, network, check_card):
     prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 2, "--validation_steps", 2)
     output = run(*prompts)
-    assert sample(output).size == (16, 16)  # `pil` warns of what is not finite, and warnings are errors here
+    assert sample(output).shape == (3, 16, 16)
+    check_card(output)
     base, tuned = read_network(base_path, network), read_network(output, network)
     trained = [name for name in base if name.endswith("weight") and "mid_block" not in name]  # the hybrid freezes it
     assert all(not torch.equal(base[name], tuned[name]) for name in trained)
@@ -143,27 +172,19 @@ def test_writes_a_pipeline_that_loads(run, base_path, network):
     assert grids == ["iteration-000002-prompt-0.png", "iteration-000004-prompt-0.png"]
 
 
-@cases("sd15", "sd3")
-def test_card_snippet_runs_as_it_stands(run, base_path, tmp_path, monkeypatch):
-    for more in ((), (*LORA, "--output_kohya_format")):
-        output = run(*more, output_dir="lora" if more else "full")
-        card = (output / "README.md").read_text()
-        assert (output / KOHYA_ADAPTERS).exists() == (KOHYA_ADAPTERS in card) == bool(more)
-        [code] = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-        monkeypatch.chdir(tmp_path)
-        exec(code, {})
-        with Image.open(tmp_path / "image.png") as image:
-            assert np.asarray(image).std() > 0
+@cases(*FAMILIES)
+def test_writes_adapters_that_load(run, check_card):
+    check_card(run(*LORA, "--output_kohya_format", "--max_train_steps", 2), lora=True)
 
 
-# Resuming, processes, memory, phases
+# Resuming, processes, memory, precision
 
 
-@cases("sd15", "sd3")
+@cases("sd15", "sd3", without=())
 @pytest.mark.parametrize("more", [("--use_ema",), LORA], ids=["full", "lora"])
 def test_resumed_run_equals_uninterrupted_run(run, case, network, tmp_path, more):
     """Adapters' is stopped by Ctrl-C, and the other ends in between."""
-    if more is LORA and case[1] == "sd3":
+    if more is LORA and (case[1] == "sd3" or case == BASELINE):
         pytest.skip("adapters are saved and loaded as SD1.5's are")
     prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 1, "--validation_steps", 2)
     more = (*more, *prompts, "--checkpointing_steps", 2)
@@ -183,7 +204,7 @@ def test_resumed_run_equals_uninterrupted_run(run, case, network, tmp_path, more
     assert grids[0].read_bytes() == grids[1].read_bytes()
 
 
-@cases("sd15")
+@cases("sd15", without=())
 def test_processes_and_micro_batches_give_the_same_run(system, options, tmp_path):
     common = ("--seed", 2, "--random_flip", "--max_train_steps", 3, "--learning_rate", 2e-4)
     if system.script is train_add:
@@ -208,7 +229,7 @@ def test_processes_and_micro_batches_give_the_same_run(system, options, tmp_path
             assert relative(gradient, expected) < 1e-4, name
 
 
-@cases("sd15", "sd3")
+@cases(*FAMILIES)
 def test_one_network_graph_at_a_time(run, system, family, monkeypatch):
     """Of the network that trains: each forward that keeps a graph is followed by its backward."""
     alive = []
@@ -229,35 +250,59 @@ def test_one_network_graph_at_a_time(run, system, family, monkeypatch):
     assert max(alive) == 1 and sum(alive) >= 2  # the hybrid begins in its second iteration
 
 
-@cases("sd15")
-def test_each_network_changes_in_its_own_phase_only(run, monkeypatch):
-    networks, changed = {}, []
-    step = Trained.step
-
-    def weights():
-        return {name: [value.clone() for value in network.state_dict().values()] for name, network in networks.items()}
-
-    def watching_step(trained, iteration):
-        networks[trained.name] = trained.network
-        before = weights()
-        stepped = step(trained, iteration)
-        after = weights()
-        changed.append((trained.name, {name for name in networks if not equal(before[name], after[name])}))
-        return stepped
-
-    monkeypatch.setattr(Trained, "step", watching_step)
-    run()
-    assert changed and all(found == {name} for name, found in changed)
-    assert {name for name, _ in changed} == set(networks)
+PERTURBED = [*product(("robust", "lcm"), ("sd15", "sd3"))]
 
 
-@cases("sd15", "sd3")
+@cases(*FAMILIES, without=(BASELINE, *PERTURBED))
 def test_half_precision(run, network):
-    """Adapters over lighter weights, in bfloat16."""
-    output = run(*LORA, "--mixed_precision", "bf16")
-    weights = read_result(output, network)
-    assert all(value.isfinite().all() for value in weights.values())
-    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name)
+    """Adapters over lighter weights, in bfloat16; see below for the others."""
+    check_moved(read_result(run(*LORA, "--mixed_precision", "bf16"), network))
+
+
+def check_moved(adapters):
+    assert all(value.isfinite().all() for value in adapters.values())
+    assert any(value.abs().max() > 0 for name, value in adapters.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("case", PERTURBED, ids="-".join)
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_perturbation_reaches_the_network_in_half_precision(run, system, network, monkeypatch, more):
+    """The first layer's output moves by float32's own difference, of which half precision would lose a part."""
+    inputs, deltas, moves = [], [], {}
+    prepare, ascend = system.script.prepare_generator, Perturbation.ascend
+
+    def watched_generator(trained, run):
+        generator = prepare(trained, run)
+        layer = trained.conv_in if hasattr(trained, "conv_in") else trained.pos_embed.proj
+
+        def watch(layer, given, output):
+            if not trained.training:  # the target's pass, or the teacher's
+                return
+            inputs.append(given[0].detach())
+            if len(inputs) == 2:  # the second pass, whose weights have moved
+                clean, perturbed = inputs
+                moves["found"] = output - layer.forward(clean)
+                half = [torch.nn.Conv2d.forward(layer, sample) for sample in (perturbed, clean)]
+                moves["half"] = half[0] - half[1]
+                weight = layer.weight.double()
+                moves["intended"] = F.conv2d(deltas[0], weight, stride=layer.stride, padding=layer.padding)
+
+        layer.register_forward_hook(watch)
+        return generator
+
+    def watched_ascend(perturbation):
+        ascend(perturbation)
+        deltas.append(perturbation.delta.detach().double())
+
+    monkeypatch.setattr(system.script, "prepare_generator", watched_generator)
+    monkeypatch.setattr(Perturbation, "ascend", watched_ascend)
+    passes = ("--robust_steps", 2, "--robust_step_size", 0.0018, "--max_train_steps", 1)
+    output = run(*more, *passes, "--mixed_precision", "bf16")
+    moves = {name: move.detach().double().flatten() for name, move in moves.items()}
+    cosines = {name: F.cosine_similarity(move, moves["intended"], dim=0).item() for name, move in moves.items()}
+    assert cosines["found"] > 0.99 and cosines["half"] < 0.95, cosines
+    if more is LORA:
+        check_moved(read_result(output, network))
 
 
 # Options and bad input
@@ -271,23 +316,33 @@ def test_validation_draws_alike_each_time(run):
     assert grid.crop((0, 0, 16, 16)).tobytes() == grid.crop((0, 16, 16, 32)).tobytes()
 
 
-def test_help_shows_only_what_is_there(system, family, capsys):
+GUIDED_SAMPLING = {"sampler", "timestep_spacing", "guidance_rescale"}
+DIFFUSION_LOSS = {
+    "snr_gamma", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "proportion_empty_prompts",
+    "noise_offset",
+}  # fmt: skip
+ROBUST = {"robust_steps", "robust_step_size", "robust_step_unit", "robust_radius"}
+OPTIONS = {  # a script's own, and what it has no use for of plain fine-tuning's
+    "add": (
+        {"adversarial_weight", "distillation_weight", "distillation_target", "distillation_space",
+         "teacher_guidance_scale", "discriminator_model_name_or_path", "discriminator_layers",
+         "discriminator_resolution", "discriminator_norm_group", "discriminator_condition", "mismatched_pair_weight",
+         "r1_weight", "discriminator_learning_rate", "discriminator_lr_warmup_steps"},
+        GUIDED_SAMPLING | DIFFUSION_LOSS | {"guidance_scale", "lora_dropout"},
+    ),
+    "lcm": (ROBUST | {"w_min", "w_max", "huber_c"}, GUIDED_SAMPLING | DIFFUSION_LOSS),
+    "robust": (ROBUST | {"input_perturbation"}, set()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*product(OPTIONS, FAMILIES)], ids="-".join)
+def test_help_has_what_acts(case, system, family, capsys):
+    """Of the family's script what plain fine-tuning uses, and `OPTIONS`; for the hybrid see its own tests."""
     with pytest.raises(SystemExit):
         system.script.parse_args(["--family", family.name, "--help"])
-    text = capsys.readouterr().out
-    for absent in (
-        "--adversarial_loss_weight",
-        "--num_gradient_steps",
-        "--drift_tolerance",
-        "--rollout_time_ids",
-        "_buckets",
-    ):
-        assert absent not in text
-    args = system.script.parse_args(
-        ["--family", family.name, "--pretrained_model_name_or_path", "x", "--dataset_name", "y"]
-    )
-    assert all(f"--{name}" in text for name in args.natures)
-    assert args.public().keys() <= args.natures.keys() and "hub_token" not in args.public()
+    shown = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
+    own, absent = OPTIONS[case[0]]
+    assert shown == plain_options(family.train) - absent | own | {"family"}
 
 
 @cases("sd15")

@@ -7,9 +7,15 @@ import types
 import pytest
 import torch
 from conftest import FAMILIES, reset_accelerate
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from helpers import equal, read_network, read_scalars
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from helpers import equal, read_network, read_scalars, relative
 
+import data_utils
 from related import train_add
 from related.related_utils import (
     noise_levels,
@@ -131,6 +137,10 @@ def test_one_step_has_autograds_gradient(run, systems):
 # The student's steps
 
 
+# Which of the student's four timesteps so many steps are made at.
+GRID_STEPS = {1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3]}
+
+
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "flow_prediction"])
 def test_saved_scheduler_samples_on_the_training_grid(predicts):
     scheduler = make_scheduler(predicts)
@@ -139,24 +149,42 @@ def test_saved_scheduler_samples_on_the_training_grid(predicts):
         assert grid == pytest.approx([1000, 900, 750, 500])  # shares 1, 3/4, 1/2, 1/4 under the shift of 3
     else:
         assert grid == [999, 749, 499, 249]
-    for num_steps, indices in {1: [0], 2: [0, 2], 3: [0, 1, 2], 4: [0, 1, 2, 3]}.items():
+    for num_steps, indices in GRID_STEPS.items():
         sampler = make_student_sampler(scheduler, num_steps, MODULES[predicts])
         assert sampler.timesteps.tolist() == [grid[n] for n in indices]
 
 
 def test_saved_pipeline_calls_the_network_on_the_grid(run, systems, family):
-    output = run("--num_inference_steps", 3)
+    """By the call of the card, for any number of steps; other trailing schedulers leave the grid at three."""
+    output = run("--max_train_steps", 1)
+    [system] = systems
     pipeline = DiffusionPipeline.from_pretrained(output)
     pipeline.set_progress_bar_config(disable=True)
     seen = []
-    network = getattr(pipeline, family.network)
-    network.register_forward_pre_hook(
+    getattr(pipeline, family.network).register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1]),
         with_kwargs=True,
     )
-    args = systems[0].run.args
-    pipeline("a red disc", output_type="latent", **train_add.make_family(args).inference_options(args))
-    assert [float(timestep.flatten()[0]) for timestep in seen] == pytest.approx(systems[0].grid[:3].tolist())
+
+    def draw(**options):
+        seen.clear()
+        generator = torch.Generator().manual_seed(0)
+        image = pipeline("a red disc", generator=generator, output_type="pt", **options).images
+        assert image.isfinite().all() and image.std() > 0
+        return [float(timestep.flatten()[0]) for timestep in seen]
+
+    args, grid = system.run.args, system.grid
+    for num_steps, indices in GRID_STEPS.items():
+        options = train_add.make_family(args).inference_options(args.replace(num_inference_steps=num_steps))
+        assert draw(**options) == pytest.approx(grid[indices].tolist())
+    if family.name == "sd3":
+        return
+    config = pipeline.scheduler.config
+    pipeline.scheduler = EulerAncestralDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+    for num_steps, indices in GRID_STEPS.items():
+        pipeline.scheduler.set_timesteps(num_steps)
+        assert (pipeline.scheduler.timesteps.tolist() == grid[indices].tolist()) == (num_steps != 3)
+    assert draw(num_inference_steps=4, guidance_scale=0.0) == grid.tolist()
 
 
 @only_sd15
@@ -361,6 +389,50 @@ def test_noise_free_target_where_nothing_is_left_of_the_image():
     assert distillation_loss(batch, system).isfinite()
 
 
+def test_noise_free_target_of_a_real_pipeline(run, family, systems, monkeypatch):
+    """By the base itself, image by image, under the captions, no prompt, and the unwanted one."""
+    found, original = [], train_add.noise_free_target
+
+    def watched(sample, batch, system):
+        found.append((sample, batch, original(sample, batch, system)))
+        return found[-1][-1]
+
+    monkeypatch.setattr(train_add, "noise_free_target", watched)
+    run("--distillation_target", "nfsd", "--max_train_steps", 1, "--train_batch_size", 4)
+    [system], [(sample, batch, target)] = systems, found
+    base = system.module.load_network(system.run.args, system.run.accelerator).eval()
+    encoder, timesteps, (a, s) = system.models.prompt_encoder, batch.teacher_timesteps, batch.teacher_levels
+    size = {name: value for name, value in batch.batch.conditions.positive.items() if name == "time_ids"}
+
+    def noise(n, condition):
+        row = slice(n, n + 1)
+        condition = condition | {name: value[row] for name, value in size.items()}
+        with torch.no_grad():
+            prediction = system.module.call_network(base, sample[row], timesteps[row], condition)
+        return predicted_noise(prediction, sample[row], (a[row], s[row]), system.predicts)
+
+    assert (timesteps >= 200).any()  # where the unwanted prompt counts
+    for n, caption in enumerate(batch.batch.captions):
+        unconditional = noise(n, encoder.negative)
+        unwanted = 0 if timesteps[n] < 200 else noise(n, encoder([train_add.NEGATIVE_PROMPT]))
+        direction = unconditional - unwanted + 7.5 * (noise(n, encoder([caption])) - unconditional)
+        expected = batch.path.latents[n] - s[n] / a[n] * direction[0]
+        assert relative(target[n], expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", [FAMILIES["sdxl"]], ids=["sdxl"])
+def test_cached_embeddings_give_the_same_run(run, tmp_path, monkeypatch):
+    """The validation's and the unwanted prompt, which a cache of captions lacks, are encoded before it."""
+    monkeypatch.setattr(data_utils, "CAPTIONS_PER_BATCH", 1)  # by batches they may differ by rounding
+    common = ("--distillation_target", "nfsd", "--validation_prompts", "a blue moon", "--num_validation_images", 1)
+    plain = run(*common, output_dir="plain")
+    cached = run(*common, "--cache_text_embeddings", tmp_path / "cache", output_dir="cached")
+    assert list((tmp_path / "cache").iterdir())
+    assert read_scalars(cached) == read_scalars(plain) and equal(read_network(cached), read_network(plain))
+    grids = [output / "validation" / "iteration-000002-prompt-0.png" for output in (plain, cached)]
+    assert grids[0].read_bytes() == grids[1].read_bytes()
+
+
 # The teacher
 
 
@@ -381,6 +453,46 @@ def test_teacher_is_the_base_bitwise(run, systems, more):
     assert torch.equal(found, expected) and not torch.equal(found, tuned)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     assert parameters and (not more or all(parameter.ndim == 2 for parameter in parameters))
+
+
+# A run
+
+
+@only_sd15
+def test_each_update_changes_its_own_network(run, monkeypatch):
+    """All of it, nothing of another, and it leaves no gradient anywhere."""
+    changes, originals = [], (train_add.update_discriminator, train_add.update_student)
+
+    def watched(update):
+        def watched_update(batches, iteration, system):
+            networks = {
+                "student": system.student.network,
+                "discriminator": system.discriminator.network,
+                "teacher": system.teacher.copy,
+                "DINOv2": system.feature_network,
+                "VAE": system.models.vae,
+            }
+            before = {name: values_of(network) for name, network in networks.items()}
+            values = update(batches, iteration, system)
+            for name, network in networks.items():
+                assert all(parameter.grad is None for parameter in network.parameters()), name
+                after = values_of(network)
+                moved = {key for key, value in before[name].items() if not torch.equal(value, after[key])}
+                if moved:
+                    changes.append(name)
+                    assert moved >= {key for key, parameter in network.named_parameters() if parameter.requires_grad}
+            return values
+
+        return watched_update
+
+    monkeypatch.setattr(train_add, "update_discriminator", watched(originals[0]))
+    monkeypatch.setattr(train_add, "update_student", watched(originals[1]))
+    run("--r1_weight", 1, "--mismatched_pair_weight", 0.5)
+    assert changes == ["discriminator", "student"] * 2
+
+
+def values_of(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
 
 
 # Options

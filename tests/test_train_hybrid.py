@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, reset_accelerate
 from diffusers import DDIMScheduler, DiffusionPipeline
-from helpers import checkpoint_state, equal, read_network, read_scalars, relative
+from helpers import checkpoint_state, equal, plain_options, read_network, read_scalars, relative
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import Dinov2Model, ResNetForImageClassification, ResNetModel
 
 from data_utils import load_micro_batches
-from option_utils import Nature
 from related import train_hybrid as train
 from related.related_utils import load_prompt_encoder, start_run
 from training_utils import ADTError, FrozenModels, Trained, prepare_generator
@@ -439,13 +438,8 @@ def test_help_has_what_acts(capsys, family):
     with pytest.raises(SystemExit):
         train.parse_args(["--family", family, "--help"])
     shown = set(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
-    plain = FAMILIES[family].train.parse_args(
-        ["--pretrained_model_name_or_path", "x", "--dataset_name", "y", "--adversarial_loss_weight", "0"]
-    )
-    drift = {"drift_tolerance", "drift_clip_model_name_or_path", "stop_on_drift"}
-    ignored = plain.of_nature(Nature.ADVERSARIAL) | {"adversarial_loss_weight", "rollout_time_ids"} | drift
-    ignored |= {"shard", "use_aspect_ratio_buckets", "aspect_ratio_buckets"}
-    assert shown == set(vars(plain)) - ignored | OWN | {"family"}
+    squares = {"use_aspect_ratio_buckets", "aspect_ratio_buckets"}
+    assert shown == plain_options(FAMILIES[family].train) - squares | OWN | {"family"}
 
 
 def test_own_options_act(run, resnet_path, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import re
 import types
 
 import pytest
@@ -29,11 +28,6 @@ from training_utils import ADTError, trainable_parameters
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LORA = ("--use_lora", "--rank", 4, "--learning_rate", 1e-2)
-ABSENT = {
-    "sampler", "timestep_spacing", "guidance_rescale", "snr_gamma", "weighting_scheme", "logit_mean", "logit_std",
-    "mode_scale", "proportion_empty_prompts", "noise_offset", "rollout_time_ids", "adversarial_loss_weight",
-    "diffusion_loss_weight", "discriminator_learning_rate", "drift_tolerance", "stop_on_drift",
-}  # fmt: skip
 # Base pipelines: what the family's maker is given, and what the network then predicts.
 BASES = {
     "sd15": ("sd15", {}, "epsilon"),
@@ -478,14 +472,19 @@ def test_validation_draws_by_the_same_noise(run):
 # Options
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_help_has_no_option_that_does_not_act(family, capsys):
-    with pytest.raises(SystemExit):
-        train_lcm.parse_args(["--family", family, "--help"])
-    flags = set(re.findall(r"--(?:no-)?(\w+)", capsys.readouterr().out))
-    assert not flags & ABSENT
-    assert {"huber_c", "w_min", "robust_steps", "use_ema", "num_inference_steps"} <= flags
-    assert not ABSENT & parse(family).natures.keys()
+def test_options_change_the_run(run):
+    robust = ("--robust_steps", 2, "--robust_step_size", 0.05, "--max_train_steps", 2)
+    prompts = ("--validation_prompts", "a red disc", "--num_validation_images", 1)
+    plain = run("sd15", *robust, *prompts, output_dir="plain")
+    for n, more in enumerate([("--ema_decay", 0.1), ("--robust_step_unit", "norm"), ("--robust_radius", 0.03)]):
+        other = run("sd15", *robust, *more, output_dir=f"run-{n}")
+        assert not equal(read_result(plain, "unet"), read_result(other, "unet")), more
+    guided = run("sd15", *robust, *prompts, "--guidance_scale", 3, output_dir="guided")
+    assert equal(read_result(plain, "unet"), read_result(guided, "unet"))  # which is of sampling alone
+    grids = [output / "validation" / "iteration-000002-prompt-0.png" for output in (plain, guided)]
+    assert grids[0].read_bytes() != grids[1].read_bytes()
+    assert json.loads((guided / "adt_config.json").read_text())["inference"]["guidance_scale"] == 3
+    assert "guidance_scale=3.0" in (guided / "README.md").read_text()
 
 
 def test_defaults():

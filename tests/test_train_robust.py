@@ -5,13 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from conftest import FAMILIES, reset_accelerate
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from helpers import equal, read_network, read_scalars
 
 from related import train_lcm, train_robust
-from related.related_utils import Perturbation, keep_first_layer_in_float32, perturbation_rms, shift_input
+from related.related_utils import Perturbation, perturbation_rms
 from related.train_robust import MIN_NOISE_LEVEL, perturbed_loss
 from training_utils import Batch, Conditions
 
@@ -127,26 +126,6 @@ def test_unusable_gradient_leaves_its_image_alone(value):
     perturbation.delta.grad[0] = value
     perturbation.ascend()
     assert perturbation.delta[0].abs().max() == 0 and perturbation.delta[1].norm() > 0
-
-
-@pytest.mark.parametrize("family", [FAMILIES["sd15"], FAMILIES["sd3"]], ids=["sd15", "sd3"])
-@pytest.mark.parametrize("kept", [True, False])
-def test_perturbation_reaches_a_bfloat16_network(family, base_path, kept):
-    """Half precision's steps at 1 are larger than the perturbation: without the first layer in float32 it is lost."""
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    network = family.train.FAMILY.network_class.from_pretrained(base_path, subfolder=family.network)
-    network.type(torch.bfloat16)
-    if kept:
-        keep_first_layer_in_float32(network)
-    layer = network.conv_in if family.name == "sd15" else network.pos_embed.proj
-    sample, delta = torch.randn(2, 1, layer.in_channels, 64, 64, generator=torch.Generator().manual_seed(0))
-    delta = 0.0018 * delta / delta.square().mean().sqrt()
-    with torch.no_grad(), accelerator.autocast():
-        outputs = [shift_input(layer, shift)(sample).float() for shift in (torch.zeros_like(delta), delta)]
-        weight = layer.weight.double()
-        intended = F.conv2d(delta.double(), weight, stride=layer.stride, padding=layer.padding).float()
-    cosine = F.cosine_similarity((outputs[1] - outputs[0]).flatten(), intended.flatten(), dim=0).item()
-    assert cosine > 0.99 if kept else cosine < 0.9
 
 
 # Passes
