@@ -218,9 +218,9 @@ def write_report(numbers, args):
         "with `--worlds`, `--comparisons`, `--runs` and `--seeds` for a part; the numbers of each run are in "
         "`related.json`, and these tables are of those that are there. Settings are in `demo/reproduce_related.py`, "
         "worlds in `demo/worlds.py`, the metrics those of `reproduction.md`. "
-        f"`{START}` is the pipeline from which every run goes on, and the few-step students' teacher; students are "
-        "sampled without guidance, the others with guidance 3. What agrees with the texts and what does not is said "
-        "in `related/README.md`.",
+        f"`{START}` is the pipeline from which every run goes on, and the few-step students' teacher, which begins "
+        "at the last timestep as they do (trailing timesteps); students are sampled without guidance, the others with "
+        "guidance 3. What agrees with the texts and what does not is said in `related/README.md`.",
     ]
     for world, comparisons in numbers["worlds"].items():
         for comparison, found in comparisons.items():
