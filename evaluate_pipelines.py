@@ -74,7 +74,8 @@ def find_candidates(args) -> list[Candidate]:
         candidate = Candidate(name, path, lora, training=read_training_facts(lora or path, args))
         if candidate.training is not None:
             candidate.options = candidate.training["training_options"]
-            candidate.inference, candidate.method = candidate.training["inference"], candidate.training["method"]
+            candidate.inference = candidate.training["inference"]
+            candidate.method = candidate.training.get("method")
         if lora is not None:  # adapters come with the sampler, and belong to the VAE, that they were trained for
             candidate.scheduler = find_file(lora, "scheduler/scheduler_config.json", args)
             candidate.vae = candidate.options.get("pretrained_vae_model_name_or_path")
@@ -113,17 +114,19 @@ def checkpoint_candidates(run, folder, args) -> list[Candidate]:
     if not found:
         raise EvaluationError(f"--checkpoints: {folder} has no checkpoints of a training run.")
     result, candidates = read_training_facts(folder, args), []
-    if result is None and any(sampler == OWN for sampler, _ in args.sampler):
-        raise EvaluationError(f"--sampler {OWN}: {folder} has no result yet, with which its scheduler is saved.")
     for checkpoint in found:
         facts = json.loads((checkpoint / "adt_checkpoint.json").read_text())
         iteration, base = facts["iteration"], facts["config"]["pretrained_model_name_or_path"]
         candidate = Candidate(f"{run}@{iteration}", base, run=run, iteration=iteration, options=facts["config"])
         if result is None:  # the run has not ended: by what the checkpoint says
+            if "scheduler" not in facts["schedule"] and any(sampler == OWN for sampler, _ in args.sampler):
+                raise EvaluationError(
+                    f"--sampler {OWN}: {folder} has no result yet, with which the scheduler of its few steps is saved."
+                )
             steps = facts["config"].get("num_inference_steps")
             candidate.inference = facts["schedule"] | {"num_inference_steps": steps}
         else:
-            candidate.inference, candidate.method = result["inference"], result["method"]
+            candidate.inference, candidate.method = result["inference"], result.get("method")
         averaged = [path for path in (checkpoint / "unet_ema", checkpoint / "transformer_ema") if path.is_dir()]
         trained = [path for path in (checkpoint / "unet", checkpoint / "transformer") if path.is_dir()]
         if trained:

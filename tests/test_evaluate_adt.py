@@ -439,7 +439,7 @@ def test_adapters_are_sampled_by_what_they_were_trained_for(run, sd15_path, data
     with pytest.raises(evaluation.EvaluationError, match="own:5: one was distilled into 4 steps"):
         run(*only, "--sampler", "own:5", "--guidance_scale", 0)
     (tmp_path / "student" / "adt_config.json").unlink()
-    with pytest.raises(evaluation.EvaluationError, match="student has no result yet, with which its scheduler"):
+    with pytest.raises(evaluation.EvaluationError, match="student has no result yet, with which the scheduler"):
         run("--checkpoints", f"run={tmp_path / 'student'}", "--sampler", "own:2")
 
 
