@@ -25,7 +25,7 @@ demo-flux: .venv/installed
 reproduce: .venv/installed
 	$(BIN)/python demo/reproduce.py
 
-# The related systems; from `reproduce`'s starts, where they are there: about six hours on two cores.
+# The related systems; from `reproduce`'s starts, where they are there: about seven hours on two cores.
 related: .venv/installed
 	$(BIN)/python demo/reproduce_related.py
 

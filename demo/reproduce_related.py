@@ -1,6 +1,6 @@
 """The related systems on the demo's base and worlds: few-step students, robust training, the diffusion-GAN hybrid.
 
-    python demo/reproduce_related.py                                      # all of it: about six hours on two cores
+    python demo/reproduce_related.py                                      # all of it: about seven hours on two cores
     python demo/reproduce_related.py --worlds shaded --seeds 0 --runs ADD "ADD, adversary only"
 
 In each world and for each seed the base is `reproduce.py`'s `start`, the demo's pipeline after 2000 iterations of
