@@ -1,5 +1,8 @@
 """What `make related` compares; the runs themselves take hours."""
 
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from evaluate_pipelines import make_scheduler
 from related import train_add, train_hybrid, train_lcm, train_robust
 
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {script.__name__: script for script in (train_add, train_hybrid, train_lcm, train_robust)}
 BASE = ["--pretrained_model_name_or_path", "base", "--dataset_name", "data", "--resolution", "32"]
 
@@ -68,6 +72,16 @@ def test_teacher_begins_where_its_students_do(num_steps):
     sampler = make_scheduler("ddim", base, sampling[sampling.index("--timestep_spacing") + 1])
     sampler.set_timesteps(num_steps)
     assert sampler.timesteps[0] == 999
+
+
+def test_the_changed_line_is_still_there(tmp_path):
+    """Of `related/README.md`'s comparison."""
+    (tmp_path / "related").mkdir()
+    shutil.copy(ROOT / "related" / "train_add.py", tmp_path / "related")
+    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}  # where git would skip other files
+    patch = ROOT / "benchmarks" / "image_condition.patch"
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, check=True, env=outside)
+    assert "~expand(pure_noise" not in (tmp_path / "related" / "train_add.py").read_text()
 
 
 def test_numbers_and_tables(tmp_path, capsys):
